@@ -1,0 +1,5 @@
+//! `malla`: the agent and its command line.
+
+mod model;
+
+fn main() {}

@@ -1,0 +1,155 @@
+//! Plain data: what the mesh is made of. No socket, no clock, no lock.
+//!
+//! A [`Mesh`] is one immutable snapshot that a discovery source made and checked. Whoever uses it
+//! may rely on: every address belongs to at most one workload, every enrolled workload has a
+//! netns path and a node that exists, and every setting is resolved (workload beats namespace
+//! beats default).
+
+mod settings;
+mod spiffe;
+
+use std::{collections::HashMap, fmt, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
+
+pub use settings::{FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange, Settings};
+pub use spiffe::{SpiffeId, SpiffeIdError};
+
+/// TCP ports of the agent's listeners in a pod's network namespace.
+pub mod ports {
+    /// Connections that the app opens. A name in output, never on the wire.
+    pub const OUTBOUND: u16 = 15001;
+    /// Plaintext connections to the app. A name in output, never on the wire.
+    pub const INBOUND: u16 = 15006;
+    /// Mutual TLS from other agents (HBONE), the only one of the three on the wire.
+    pub const MESH: u16 = 15008;
+
+    /// Whether `port` is one of the agent's own listeners.
+    pub fn is_agents(port: u16) -> bool {
+        matches!(port, OUTBOUND | INBOUND | MESH)
+    }
+}
+
+/// One consistent view of the mesh.
+#[derive(Debug, Default)]
+pub struct Mesh {
+    pub trust_domain: String,
+    pub identity: IdentityConfig,
+    pub nodes: HashMap<String, Arc<Node>>,
+    pub workloads: HashMap<WorkloadId, Arc<Workload>>,
+    by_address: HashMap<IpAddr, Arc<Workload>>,
+}
+
+impl Mesh {
+    /// Indexes `workloads` by address. The caller has checked that addresses are unique.
+    pub fn new(
+        trust_domain: String,
+        identity: IdentityConfig,
+        nodes: impl IntoIterator<Item = Node>,
+        workloads: impl IntoIterator<Item = Workload>,
+    ) -> Self {
+        let mut mesh = Self {
+            trust_domain,
+            identity,
+            ..Self::default()
+        };
+        for node in nodes {
+            mesh.nodes.insert(node.name.clone(), Arc::new(node));
+        }
+        for workload in workloads {
+            let workload = Arc::new(workload);
+            for address in &workload.addresses {
+                mesh.by_address.insert(*address, Arc::clone(&workload));
+            }
+            mesh.workloads.insert(workload.id.clone(), workload);
+        }
+        mesh
+    }
+
+    /// The workload that owns `address`, given in its canonical form (an IPv4 address is never
+    /// looked up as IPv4-mapped IPv6).
+    pub fn workload_at(&self, address: IpAddr) -> Option<&Arc<Workload>> {
+        self.by_address.get(&address.to_canonical())
+    }
+
+    /// The enrolled workloads of one node.
+    pub fn enrolled_on<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Arc<Workload>> {
+        self.workloads
+            .values()
+            .filter(move |w| w.node == node && w.is_enrolled())
+    }
+}
+
+/// How workloads get their certificates from the embedded CA.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IdentityConfig {
+    /// Folder of trust anchor and issuer. Made by the first agent that needs it.
+    pub directory: PathBuf,
+    pub certificate_lifetime: Duration,
+}
+
+impl Default for IdentityConfig {
+    fn default() -> Self {
+        Self {
+            directory: PathBuf::from("/var/lib/malla/identity"),
+            certificate_lifetime: Duration::from_secs(24 * 60 * 60),
+        }
+    }
+}
+
+/// A machine that runs one agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    pub name: String,
+    pub addresses: Vec<IpAddr>,
+    /// Folder of the node's cgroup (v2). The agent makes a child of it for itself.
+    pub cgroup: PathBuf,
+    /// Folder on a bpffs where links and maps are pinned, one for each node.
+    pub bpffs: PathBuf,
+}
+
+/// Namespace and name of a workload (a pod): unique in the mesh.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct WorkloadId {
+    pub namespace: String,
+    pub name: String,
+}
+
+impl fmt::Display for WorkloadId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// One pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Workload {
+    pub id: WorkloadId,
+    pub identity: SpiffeId,
+    pub node: String,
+    /// Path of the pod's network namespace, on its node. Absent where the pod isn't enrolled.
+    pub netns: Option<PathBuf>,
+    pub addresses: Vec<IpAddr>,
+    pub ports: Vec<WorkloadPort>,
+    pub labels: Vec<(String, String)>,
+    /// Whether the pod is part of the mesh: it has an identity and its agent steers its traffic.
+    pub meshed: bool,
+    pub settings: Settings,
+}
+
+impl Workload {
+    /// Whether an agent has to steer this pod's traffic.
+    pub fn is_enrolled(&self) -> bool {
+        self.meshed && self.netns.is_some()
+    }
+
+    /// Whether a peer reaches `port` of this workload through its agent, under mutual TLS.
+    pub fn serves_mesh_on(&self, port: u16) -> bool {
+        self.meshed && !self.settings.skips_inbound_port(port)
+    }
+}
+
+/// A port that a workload declares.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WorkloadPort {
+    pub name: Option<String>,
+    pub port: u16,
+}

@@ -1,0 +1,117 @@
+//! What a user can choose for a workload, resolved.
+
+use std::{net::IpAddr, time::Duration};
+
+use ipnet::IpNet;
+
+/// What a meshed pod does with clients that have no identity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum MtlsMode {
+    /// Plaintext clients reach the app.
+    #[default]
+    Permissive,
+    /// Plaintext clients are reset.
+    Strict,
+}
+
+/// What becomes of new connections while no agent lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum FailMode {
+    /// They are refused at once.
+    #[default]
+    Closed,
+    /// They pass unmeshed. Never opens a strict pod's inbound side.
+    Open,
+}
+
+/// What becomes of connections from sockets that aren't in the pod's own netns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum NestedMode {
+    #[default]
+    Refuse,
+    Allow,
+}
+
+/// What becomes of an interface that can't be steered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum InterfaceMode {
+    /// It is set down.
+    #[default]
+    Refuse,
+    /// It is left as it is, and the pod is degraded.
+    Allow,
+}
+
+/// An inclusive range of TCP ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PortRange {
+    pub first: u16,
+    pub last: u16,
+}
+
+impl PortRange {
+    pub fn contains(self, port: u16) -> bool {
+        (self.first..=self.last).contains(&port)
+    }
+}
+
+/// The settings of one workload. `Default` has the documented defaults.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    pub mtls: MtlsMode,
+    pub fail_mode: FailMode,
+    pub nested: NestedMode,
+    pub interfaces: InterfaceMode,
+    /// Ports that the app dials without the mesh.
+    pub skip_outbound_ports: Vec<PortRange>,
+    /// Ports of the app that never reach the agent.
+    pub skip_inbound_ports: Vec<PortRange>,
+    /// Networks that the app dials without the mesh.
+    pub skip_outbound_subnets: Vec<IpNet>,
+    /// Networks whose clients reach the app without the mesh.
+    pub skip_inbound_subnets: Vec<IpNet>,
+    /// Source ports that the agent uses towards the app.
+    pub dial_ports: PortRange,
+    /// Limit for opening a connection to a meshed peer or to the app.
+    pub mesh_connect_timeout: Duration,
+    /// Limit for opening a connection to an unmeshed destination.
+    pub connect_timeout: Duration,
+    /// A connection without a byte in either direction for so long is reset. `None`: never.
+    pub idle_timeout: Option<Duration>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            mtls: MtlsMode::default(),
+            fail_mode: FailMode::default(),
+            nested: NestedMode::default(),
+            interfaces: InterfaceMode::default(),
+            skip_outbound_ports: Vec::new(),
+            skip_inbound_ports: Vec::new(),
+            skip_outbound_subnets: Vec::new(),
+            skip_inbound_subnets: Vec::new(),
+            dial_ports: PortRange {
+                first: 10_000,
+                last: 32_000,
+            },
+            mesh_connect_timeout: Duration::from_secs(1),
+            connect_timeout: Duration::from_secs(5),
+            idle_timeout: None,
+        }
+    }
+}
+
+impl Settings {
+    pub fn skips_inbound_port(&self, port: u16) -> bool {
+        self.skip_inbound_ports
+            .iter()
+            .any(|range| range.contains(port))
+    }
+
+    pub fn skips_inbound_from(&self, client: IpAddr) -> bool {
+        self.skip_inbound_subnets
+            .iter()
+            .any(|net| net.contains(&client))
+    }
+}

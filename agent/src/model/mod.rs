@@ -10,23 +10,9 @@ mod spiffe;
 
 use std::{collections::HashMap, fmt, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
+pub use malla_common::{Reason, ports};
 pub use settings::{FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange, Settings};
-pub use spiffe::{SpiffeId, SpiffeIdError};
-
-/// TCP ports of the agent's listeners in a pod's network namespace.
-pub mod ports {
-    /// Connections that the app opens. A name in output, never on the wire.
-    pub const OUTBOUND: u16 = 15001;
-    /// Plaintext connections to the app. A name in output, never on the wire.
-    pub const INBOUND: u16 = 15006;
-    /// Mutual TLS from other agents (HBONE), the only one of the three on the wire.
-    pub const MESH: u16 = 15008;
-
-    /// Whether `port` is one of the agent's own listeners.
-    pub fn is_agents(port: u16) -> bool {
-        matches!(port, OUTBOUND | INBOUND | MESH)
-    }
-}
+pub use spiffe::SpiffeId;
 
 /// One consistent view of the mesh.
 #[derive(Debug, Default)]

@@ -8,7 +8,7 @@ use std::{fmt, time::Duration};
 use futures_util::future::BoxFuture;
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer};
 
-use super::folder::FolderError;
+use super::files::FolderError;
 use crate::model::SpiffeId;
 
 /// Signs workload certificates and says which trust anchors peers are to be checked against.

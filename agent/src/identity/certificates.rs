@@ -15,7 +15,6 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use malla_common::Reason;
 use rustls::{ClientConfig, ServerConfig};
 use tokio::{sync::watch, task::JoinHandle};
 
@@ -58,7 +57,7 @@ impl Drop for OwnedTask {
     }
 }
 
-/// Why there is no certificate to speak with.
+/// Why there is no certificate to speak with: [`Reason::NoIdentity`](malla_common::Reason) each.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum NoIdentity {
     #[error("{0} is not an identity of this node")]
@@ -69,16 +68,6 @@ pub(crate) enum NoIdentity {
     Expired(SpiffeId),
     #[error("{0} is not of trust domain `{1}`")]
     ForeignTrustDomain(SpiffeId, String),
-}
-
-impl NoIdentity {
-    #[expect(
-        clippy::unused_self,
-        reason = "a variant to come may have a reason of its own"
-    )]
-    pub(crate) fn reason(&self) -> Reason {
-        Reason::NoIdentity
-    }
 }
 
 /// How many attempts to get a certificate ended how.

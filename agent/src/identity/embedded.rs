@@ -19,6 +19,7 @@ use time::OffsetDateTime;
 use super::{
     ca::{CaError, CertificateAuthority, SignedChain, SigningRequest},
     folder::{self, CLOCK_TOLERANCE},
+    verify::TrustAnchors,
 };
 
 /// Signs with the issuer in a folder, which it makes where there is none.
@@ -91,6 +92,12 @@ fn sign(
     let leaf = params.signed_by(&csr.public_key, &issuer)?;
     let mut certificates = vec![leaf.der().clone()];
     certificates.extend(authority.chain);
+    let sound = TrustAnchors::new(authority.anchors)
+        .and_then(|trust| trust.verify_own(&certificates, now.into()));
+    if let Err(error) = sound {
+        tracing::debug!(%error, "what the issuer signs does not verify");
+        return Err(folder::not_signed_by_anchor(directory).into());
+    }
     Ok(SignedChain { certificates })
 }
 

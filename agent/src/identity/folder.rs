@@ -7,9 +7,8 @@
 //! whole or not at all. Whoever replaces files by hand should rename them into place.
 
 use std::{
-    fs::{DirBuilder, File, OpenOptions, Permissions},
-    io::{self, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
+    fs::{DirBuilder, File},
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
 };
 
@@ -17,9 +16,13 @@ use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData,
 };
-use rustls::pki_types::{CertificateDer, pem::PemObject};
+use rustls::pki_types::CertificateDer;
 use time::{Duration, OffsetDateTime};
-use x509_parser::{certificate::X509Certificate, prelude::FromDer};
+
+use super::files::{
+    FolderError, check_dates, check_pair, io_error, making, parse, read_certificates, read_key,
+    write_whole,
+};
 
 const ANCHOR: &str = "trust anchor";
 const ISSUER: &str = "issuer";
@@ -28,62 +31,6 @@ const ANCHOR_LIFETIME: Duration = Duration::days(3650);
 const ISSUER_LIFETIME: Duration = Duration::days(365);
 /// How far the clocks of two nodes may be apart before a new certificate isn't valid yet.
 pub(super) const CLOCK_TOLERANCE: Duration = Duration::minutes(2);
-
-/// Why the folder can't serve as a certificate authority. Each names the file and the way out.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum FolderError {
-    #[error("cannot {action} {}: {source}", path.display())]
-    Io {
-        action: &'static str,
-        path: PathBuf,
-        source: io::Error,
-    },
-    #[error(
-        "{} is not a PEM file with a {what} ({detail}): replace it, or remove the folder's files \
-         to have new ones made",
-        path.display()
-    )]
-    Unreadable {
-        path: PathBuf,
-        what: &'static str,
-        detail: String,
-    },
-    #[error("the {object} in {} expired at {at}: put a new {object} there", path.display())]
-    Expired {
-        object: &'static str,
-        path: PathBuf,
-        at: OffsetDateTime,
-    },
-    #[error(
-        "the {object} in {} is not valid before {from}: check this machine's clock",
-        path.display()
-    )]
-    NotYetValid {
-        object: &'static str,
-        path: PathBuf,
-        from: OffsetDateTime,
-    },
-    #[error(
-        "{} is not the key of the certificate in {}: put the pair that belongs together there",
-        key.display(),
-        certificate.display()
-    )]
-    KeyMismatch { key: PathBuf, certificate: PathBuf },
-    #[error(
-        "the issuer in {} is not signed by a trust anchor in {}: put its anchor there, or remove \
-         {} to have a new issuer made",
-        issuer.display(),
-        anchors.display(),
-        issuer.display()
-    )]
-    NotChained { issuer: PathBuf, anchors: PathBuf },
-    #[error("cannot make the {object} for {}: {source}", path.display())]
-    Making {
-        object: &'static str,
-        path: PathBuf,
-        source: rcgen::Error,
-    },
-}
 
 /// A checked authority.
 #[derive(Debug)]
@@ -183,10 +130,7 @@ fn load(paths: &Paths, now: OffsetDateTime) -> Result<Authority, FolderError> {
     }
     let key = read_key(&paths.issuer_key)?;
     check_pair(&key, &paths.issuer_key, &chain[0], &paths.issuer)?;
-    let anchor_ends = anchor_end(&chain, &anchors).ok_or_else(|| FolderError::NotChained {
-        issuer: paths.issuer.clone(),
-        anchors: paths.anchor.clone(),
-    })?;
+    let anchor_ends = anchor_end(&chain, &anchors).ok_or_else(|| not_chained(paths))?;
     let ends = chain
         .iter()
         .map(|certificate| parse(certificate).validity().not_after.to_datetime())
@@ -197,6 +141,19 @@ fn load(paths: &Paths, now: OffsetDateTime) -> Result<Authority, FolderError> {
         key,
         ends,
     })
+}
+
+/// The error for an issuer in `directory` whose signature isn't that of an anchor, which shows only
+/// when something that it signed is verified.
+pub(super) fn not_signed_by_anchor(directory: &Path) -> FolderError {
+    not_chained(&Paths::of(directory))
+}
+
+fn not_chained(paths: &Paths) -> FolderError {
+    FolderError::NotChained {
+        issuer: paths.issuer.clone(),
+        anchors: paths.anchor.clone(),
+    }
 }
 
 /// The first end among the anchors that may have signed the top of `chain`.
@@ -280,16 +237,15 @@ fn make_issuer(paths: &Paths, now: OffsetDateTime) -> Result<(), FolderError> {
 /// made anew from its old key keeps its own.
 fn authority_params(name: &str, key: &KeyPair) -> CertificateParams {
     let mut params = CertificateParams::default();
-    let id: String = params
+    let id = params
         .key_identifier(key)
         .iter()
         .take(8)
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+        .fold(0_u64, |id, byte| id << 8 | u64::from(*byte));
     params.distinguished_name = DistinguishedName::new();
     params
         .distinguished_name
-        .push(DnType::CommonName, format!("{name} {id}"));
+        .push(DnType::CommonName, format!("{name} {id:016x}"));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     params
 }
@@ -305,118 +261,4 @@ fn existing_or_new_key(
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(making)?;
     write_whole(path, key.serialize_pem().as_bytes())?;
     Ok(key)
-}
-
-fn read_key(path: &Path) -> Result<KeyPair, FolderError> {
-    let pem = std::fs::read_to_string(path).map_err(io_error("read", path))?;
-    KeyPair::from_pem(&pem).map_err(|error| FolderError::Unreadable {
-        path: path.to_owned(),
-        what: "private key",
-        detail: error.to_string(),
-    })
-}
-
-/// At least one certificate, each of which [`parse`]s.
-fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, FolderError> {
-    let unreadable = |detail: String| FolderError::Unreadable {
-        path: path.to_owned(),
-        what: "certificate",
-        detail,
-    };
-    let pem = std::fs::read(path).map_err(io_error("read", path))?;
-    let certificates: Vec<_> = CertificateDer::pem_slice_iter(&pem)
-        .collect::<Result<_, _>>()
-        .map_err(|error| unreadable(error.to_string()))?;
-    for certificate in &certificates {
-        X509Certificate::from_der(certificate).map_err(|error| unreadable(error.to_string()))?;
-    }
-    if certificates.is_empty() {
-        return Err(unreadable("none found".to_owned()));
-    }
-    Ok(certificates)
-}
-
-/// Parses what [`read_certificates`] has let through.
-fn parse<'a>(certificate: &'a CertificateDer<'_>) -> X509Certificate<'a> {
-    let (_, parsed) = X509Certificate::from_der(certificate)
-        // Parsing is a function of the bytes, and these were parsed when they were read.
-        .expect("a certificate that was parsed before");
-    parsed
-}
-
-fn check_dates(
-    certificate: &CertificateDer<'_>,
-    object: &'static str,
-    path: &Path,
-    now: OffsetDateTime,
-) -> Result<(), FolderError> {
-    let parsed = parse(certificate);
-    let validity = parsed.validity();
-    let (from, at) = (
-        validity.not_before.to_datetime(),
-        validity.not_after.to_datetime(),
-    );
-    let path = path.to_owned();
-    if at <= now {
-        return Err(FolderError::Expired { object, path, at });
-    }
-    if from > now {
-        return Err(FolderError::NotYetValid { object, path, from });
-    }
-    Ok(())
-}
-
-fn check_pair(
-    key: &KeyPair,
-    key_path: &Path,
-    certificate: &CertificateDer<'_>,
-    certificate_path: &Path,
-) -> Result<(), FolderError> {
-    if parse(certificate).public_key().raw == key.subject_public_key_info() {
-        return Ok(());
-    }
-    Err(FolderError::KeyMismatch {
-        key: key_path.to_owned(),
-        certificate: certificate_path.to_owned(),
-    })
-}
-
-/// Writes a file that only its owner reads, and that others see whole or not at all. The caller
-/// holds the folder's lock, so the temporary name is its own.
-fn write_whole(path: &Path, content: &[u8]) -> Result<(), FolderError> {
-    let temporary = path.with_added_extension("new");
-    let write = || -> io::Result<()> {
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&temporary)?;
-        file.set_permissions(Permissions::from_mode(0o600))?;
-        file.write_all(content)?;
-        file.sync_all()?;
-        std::fs::rename(&temporary, path)?;
-        // Makes the new name last, not only the content.
-        path.parent()
-            .map_or(Ok(()), |folder| File::open(folder)?.sync_all())
-    };
-    write().map_err(io_error("write", path))
-}
-
-fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> FolderError {
-    let path = path.to_owned();
-    move |source| FolderError::Io {
-        action,
-        path,
-        source,
-    }
-}
-
-fn making(object: &'static str, path: &Path) -> impl Fn(rcgen::Error) -> FolderError {
-    let path = path.to_owned();
-    move |source| FolderError::Making {
-        object,
-        path: path.clone(),
-        source,
-    }
 }

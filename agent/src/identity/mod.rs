@@ -2,7 +2,7 @@
 //!
 //! [`Certificates`] keeps one P-256 key and certificate for each SPIFFE identity that the node
 //! runs, renews them in the background, and hands out rustls configurations. What signs them is
-//! behind [`CertificateAuthority`]. This module opens no connection and decides no policy: it says
+//! behind [`ca::CertificateAuthority`]. This module opens no connection and decides no policy: it says
 //! who a peer is, and refuses peers that can't prove an identity of the mesh.
 //!
 //! Invariants:
@@ -14,6 +14,7 @@
 mod ca;
 mod certificates;
 mod embedded;
+mod files;
 mod folder;
 mod key_slot;
 mod reason;
@@ -24,8 +25,7 @@ mod testing;
 mod tls;
 mod verify;
 
-pub(crate) use ca::{CaError, CertificateAuthority, SignedChain, SigningRequest};
-pub(crate) use certificates::{Certificates, NoIdentity, Refreshes};
+pub(crate) use certificates::{Certificates, NoIdentity};
 pub(crate) use embedded::EmbeddedAuthority;
 pub(crate) use reason::reason_of;
-pub(crate) use verify::{PeerIdentityError, peer_identity};
+pub(crate) use verify::peer_identity;

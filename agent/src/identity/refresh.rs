@@ -27,13 +27,13 @@ use super::{
 use crate::model::SpiffeId;
 
 /// Limit for one answer of the authority. A remote one is seconds slow under load.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+const ANSWER_TIMEOUT: Duration = Duration::from_mins(1);
 /// Requests at an authority at a time: a node that starts has many identities.
 const IN_FLIGHT: usize = 8;
 /// How often the trust anchors are looked at. A changed set is in use so much later.
 const ANCHOR_INTERVAL: Duration = Duration::from_secs(5);
 /// The wall clock may be set while a task sleeps: it is read again after so long.
-const LONGEST_NAP: Duration = Duration::from_secs(60);
+const LONGEST_NAP: Duration = Duration::from_mins(1);
 
 /// Where certificates come from, shared by all identities.
 #[derive(Debug)]

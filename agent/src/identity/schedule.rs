@@ -8,6 +8,8 @@ use std::time::{Duration, SystemTime};
 const RENEWAL_POINT: f64 = 0.7;
 /// Renewals of certificates made together spread over this share of the lifetime, both ways.
 const RENEWAL_SPREAD: f64 = 0.05;
+/// The least time between two renewals, whatever is left of the authority's own life.
+const SHORTEST_RENEWAL: Duration = Duration::from_secs(1);
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LONGEST_RETRY: Duration = Duration::from_secs(150);
 const RETRY_SPREAD: f64 = 0.2;
@@ -51,7 +53,8 @@ pub(super) fn next_attempt(
 
 fn renewal(term: Term, dice: f64) -> SystemTime {
     let lifetime = term.ends.duration_since(term.obtained).unwrap_or_default();
-    term.obtained + lifetime.mul_f64(RENEWAL_POINT + RENEWAL_SPREAD * dice)
+    let wait = lifetime.mul_f64(RENEWAL_POINT + RENEWAL_SPREAD * dice);
+    term.obtained + wait.max(SHORTEST_RENEWAL)
 }
 
 fn retry_delay(failures: u32, dice: f64) -> Duration {
@@ -87,8 +90,9 @@ mod tests {
             (term(0, 1000), 1.0, 750),
             (term(0, 1000), -1.0, 650),
             (term(DAY, 2 * DAY), 0.0, DAY + DAY * 7 / 10),
-            // Already over when it came: at once.
-            (term(10, 5), 0.0, 10),
+            // Hardly valid or over when it came: without haste.
+            (term(10, 11), 0.0, 11),
+            (term(10, 5), 0.0, 11),
         ] {
             assert_eq!(next_attempt(at(0), Some(term), 0, dice), at(expected));
         }

@@ -164,18 +164,18 @@ pub(super) fn handshake(
     };
     // A full handshake takes two round trips at most (hello retry).
     for _ in 0..3 {
-        if let Err(error) = session.to_server() {
+        if let Err(error) = session.client_speaks() {
             return Err(Refusal {
                 by: Side::Server,
                 reason: reason_of(&error, Side::Server),
-                told: reason_of(&session.to_client().unwrap_err(), Side::Client),
+                told: reason_of(&session.server_speaks().unwrap_err(), Side::Client),
             });
         }
-        if let Err(error) = session.to_client() {
+        if let Err(error) = session.server_speaks() {
             return Err(Refusal {
                 by: Side::Client,
                 reason: reason_of(&error, Side::Client),
-                told: reason_of(&session.to_server().unwrap_err(), Side::Server),
+                told: reason_of(&session.client_speaks().unwrap_err(), Side::Server),
             });
         }
     }
@@ -185,7 +185,7 @@ pub(super) fn handshake(
 
 impl Session {
     /// Carries what the client has to say to the server.
-    pub(super) fn to_server(&mut self) -> Result<(), Error> {
+    pub(super) fn client_speaks(&mut self) -> Result<(), Error> {
         let mut bytes = Vec::new();
         while self.client.wants_write() {
             self.client.write_tls(&mut bytes).unwrap();
@@ -199,7 +199,7 @@ impl Session {
     }
 
     /// Carries what the server has to say to the client.
-    pub(super) fn to_client(&mut self) -> Result<(), Error> {
+    pub(super) fn server_speaks(&mut self) -> Result<(), Error> {
         let mut bytes = Vec::new();
         while self.server.wants_write() {
             self.server.write_tls(&mut bytes).unwrap();

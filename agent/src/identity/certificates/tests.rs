@@ -16,7 +16,7 @@ use crate::identity::{
 };
 
 const DEADLINE: Duration = Duration::from_secs(20);
-const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+const DAY: Duration = Duration::from_hours(24);
 
 /// What the authority of a test does with requests.
 #[derive(Debug, Default)]
@@ -110,7 +110,7 @@ impl Fixture {
 
 fn exchange(session: &mut Session, text: &[u8]) {
     session.client.writer().write_all(text).unwrap();
-    session.to_server().unwrap();
+    session.client_speaks().unwrap();
     let mut received = vec![0; text.len()];
     session.server.reader().read_exact(&mut received).unwrap();
     assert_eq!(received, text);
@@ -139,7 +139,7 @@ async fn other_threads_make_handshakes_with_the_managers_keys() {
 
 #[tokio::test]
 async fn a_renewal_changes_the_key_and_leaves_live_connections_alone() {
-    let fixture = Fixture::with_identities(Duration::from_secs(3), &["web", "voting"]).await;
+    let fixture = Fixture::with_identities(Duration::from_secs(6), &["web", "voting"]).await;
     let mut live = fixture.session();
     let first = live.server.peer_certificates().unwrap().to_vec();
     let ends = fixture.end_of("web");
@@ -179,7 +179,6 @@ async fn a_certificate_of_another_identity_is_not_taken() {
     let ready = fixture.certificates.ready(&identity("web")).await;
 
     assert_eq!(ready, Err(NoIdentity::NotYet(identity("web"))));
-    assert_eq!(ready.unwrap_err().reason(), Reason::NoIdentity);
     assert_eq!(fixture.certificates.refreshes().failed, 1);
 }
 

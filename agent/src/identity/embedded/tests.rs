@@ -5,13 +5,12 @@ use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
 use super::*;
 use crate::identity::{
-    folder::FolderError,
+    files::FolderError,
     refresh::request_for,
     testing::{ScratchFolder, TestAuthority, identity},
-    verify::TrustAnchors,
 };
 
-const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+const DAY: Duration = Duration::from_hours(24);
 
 fn request(lifetime: Duration) -> SigningRequest {
     let key = KeyPair::generate().unwrap();
@@ -211,14 +210,33 @@ fn a_key_of_another_certificate_is_refused_until_the_pair_is_right_again() {
 
 #[test]
 fn an_issuer_of_another_anchor_is_refused() {
+    for other in ["other", "same name"] {
+        let scratch = ScratchFolder::new();
+        let directory = scratch.authority();
+        TestAuthority::new("same name").place_in(&directory);
+        sign_at(&directory, DAY, OffsetDateTime::now_utc());
+        TestAuthority::new(other).place_in(&directory);
+
+        let error = refusal(&directory);
+
+        assert!(matches!(error, FolderError::NotChained { .. }), "{error}");
+    }
+}
+
+#[test]
+fn an_anchor_without_its_key_needs_an_issuer() {
     let scratch = ScratchFolder::new();
     let directory = scratch.authority();
-    sign_at(&directory, DAY, OffsetDateTime::now_utc());
-    TestAuthority::new("new").place_in(&directory);
+    TestAuthority::new("kept elsewhere").place_in(&directory);
+    let key = directory.join("ca.key");
+    std::fs::remove_file(&key).unwrap();
 
     let error = refusal(&directory);
 
-    assert!(matches!(error, FolderError::NotChained { .. }), "{error}");
+    assert!(
+        matches!(&error, FolderError::MissingKey(path) if *path == key),
+        "{error}"
+    );
 }
 
 #[test]

@@ -87,17 +87,17 @@ mod tests {
     use super::*;
     use crate::discovery::file;
 
-    const WEB: &str = "- {name: web, node: a, netns: /run/web, addresses: [10.1.0.1, 10.1.0.2]}\n";
-    const DB: &str = "- {name: db, node: a, netns: /run/db, addresses: [10.1.0.3]}\n";
-    const FAR: &str = "- {name: far, node: b, netns: /run/far, addresses: [10.1.0.4]}\n";
+    const WEB: &str = "{name: web, node: a, netns: /run/web, addresses: [10.1.0.1, 10.1.0.2]}";
+    const DB: &str = "{name: db, node: a, netns: /run/db, addresses: [10.1.0.3]}";
+    const FAR: &str = "{name: far, node: b, netns: /run/far, addresses: [10.1.0.4]}";
 
     fn mesh(workloads: &[&str]) -> Mesh {
         let text = format!(
             "nodes:\n\
              - {{name: a, addresses: [10.0.0.1], cgroup: /a, bpffs: /a}}\n\
              - {{name: b, addresses: [10.0.0.2], cgroup: /b, bpffs: /b}}\n\
-             workloads:\n{}",
-            workloads.concat()
+             workloads: [{}]",
+            workloads.join(", ")
         );
         file::check(Path::new("mesh.yaml"), &text).unwrap()
     }

@@ -49,6 +49,8 @@ pub struct Status {
     pub accepted: u64,
     /// States of the source that were refused whole.
     pub refused: u64,
+    /// How often watching the source failed, and it was asked instead.
+    pub watch_failures: u64,
     /// Why the source's present state isn't in force. `None`: it is.
     pub refusal: Option<Refusal>,
 }

@@ -31,11 +31,11 @@ pub enum Error {
 impl Error {
     /// Of a file whose text is UTF-8 only as far as `good`.
     pub(super) fn not_utf8(path: &Path, good: &[u8]) -> Self {
-        let line_ends = good.iter().filter(|byte| **byte == b'\n').count();
+        let line = good.split(|byte| *byte == b'\n').count();
         Self::Invalid {
             path: path.to_owned(),
             problems: vec![Problem {
-                line: Some(line_ends as u64 + 1),
+                line: Some(line as u64),
                 field: String::new(),
                 reason: "is not UTF-8 from here on".to_owned(),
             }],

@@ -261,3 +261,57 @@ impl<'de> Deserialize<'de> for PortsText {
         deserializer.deserialize_any(Visitor)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+
+    /// Calls `seen` with the name of each property in the schema and its schema.
+    fn each_property(schema: &Value, seen: &mut impl FnMut(&str, &Value)) {
+        match schema {
+            Value::Object(fields) => {
+                if let Some(Value::Object(properties)) = fields.get("properties") {
+                    for (name, property) in properties {
+                        seen(name, property);
+                    }
+                }
+                fields.values().for_each(|field| each_property(field, seen));
+            }
+            Value::Array(items) => items.iter().for_each(|item| each_property(item, seen)),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn the_schema_describes_every_field() {
+        let schema: Value = serde_json::from_str(&json_schema()).unwrap();
+        let mut names = Vec::new();
+        each_property(&schema, &mut |name, property| {
+            let description = property["description"].as_str().unwrap_or_default();
+            assert!(description.ends_with('.'), "{name}: {property}");
+            names.push(name.to_owned());
+        });
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(
+            names.join(" "),
+            "addresses bpffs certificateLifetime cgroup connectTimeout dialPorts directory failMode \
+             identity idleTimeout interfaces labels mesh meshConnectTimeout mtls name namespace \
+             namespaces nested netns node nodes port ports serviceAccount settings \
+             skipInboundPorts skipInboundSubnets skipOutboundPorts skipOutboundSubnets \
+             trustDomain workloads"
+        );
+    }
+
+    #[test]
+    fn the_schema_says_what_is_needed_and_refuses_the_unknown() {
+        let schema: Value = serde_json::from_str(&json_schema()).unwrap();
+        assert_eq!(
+            schema["required"],
+            serde_json::json!(["nodes", "workloads"])
+        );
+        assert_eq!(schema["additionalProperties"], Value::Bool(false));
+    }
+}

@@ -1,7 +1,7 @@
 //! Follows a mesh file and makes a snapshot of every good state of it.
 //!
 //! A change is seen by inotify on folders, not on the file: a rename over it, and the swap of a
-//! link on its path (how Kubernetes updates a mounted ConfigMap), make it another file. A writer is
+//! link on its path (how Kubernetes updates a mounted `ConfigMap`), make it another file. A writer is
 //! given time to finish: a file cut short can be a good one with fewer workloads.
 //!
 //! Nobody is told twice: a text that was judged already is not judged again.
@@ -11,6 +11,7 @@ use std::{
     ffi::OsString,
     fs, io,
     io::Read as _,
+    os::unix::fs::MetadataExt as _,
     path::{self, Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -74,18 +75,22 @@ struct Follower {
 
 impl Follower {
     async fn run(mut self, watcher: &mut Watcher) {
+        let mut is_watched = true;
         loop {
-            let retry = self.judged.is_none().then_some(RETRY);
-            if let Err(source) = watcher.changed(retry).await {
-                let path = self.path.clone();
-                self.refuse(&Error::Watch { path, source });
+            let retry = (self.judged.is_none() || !is_watched).then_some(RETRY);
+            let result = watcher.changed(retry).await;
+            // Links may lead elsewhere now. Placed before the reading, as at the start.
+            let result = result.and(watcher.place());
+            if let Err(error) = &result {
+                self.status.send_modify(|status| status.watch_failures += 1);
+                if is_watched {
+                    let path = self.path.display();
+                    tracing::error!(%path, %error, "mesh file can't be watched, read each second");
+                }
+                // `changed` may have failed at once.
                 tokio::time::sleep(RETRY).await;
             }
-            // Links may lead elsewhere now. Before the reading, for the same cause as above.
-            if let Err(source) = watcher.place() {
-                let path = self.path.clone();
-                self.refuse(&Error::Watch { path, source });
-            }
+            is_watched = result.is_ok();
             self.reload().await;
         }
     }
@@ -180,21 +185,27 @@ fn read_blocking(path: &Path) -> Result<String, Error> {
         source,
     };
     // Asked before opening: to open a FIFO would wait for its writer.
-    if !fs::metadata(path).map_err(failed)?.is_file() {
+    let metadata = fs::metadata(path).map_err(failed)?;
+    if !metadata.is_file() {
         return Err(Error::NotAFile {
             path: path.to_owned(),
         });
     }
+    let too_large = || Error::TooLarge {
+        path: path.to_owned(),
+        limit: MOST_BYTES,
+    };
+    if metadata.len() > MOST_BYTES {
+        return Err(too_large());
+    }
+    // The file may grow while it is read.
     let mut bytes = Vec::new();
     let file = fs::File::open(path).map_err(failed)?;
     file.take(MOST_BYTES + 1)
         .read_to_end(&mut bytes)
         .map_err(failed)?;
     if bytes.len() as u64 > MOST_BYTES {
-        return Err(Error::TooLarge {
-            path: path.to_owned(),
-            limit: MOST_BYTES,
-        });
+        return Err(too_large());
     }
     String::from_utf8(bytes).map_err(|error| {
         let good = &error.as_bytes()[..error.utf8_error().valid_up_to()];
@@ -206,7 +217,14 @@ fn read_blocking(path: &Path) -> Result<String, Error> {
 struct Watcher {
     path: PathBuf,
     events: EventStream<Vec<u8>>,
-    names: HashMap<WatchDescriptor, BTreeSet<OsString>>,
+    folders: HashMap<WatchDescriptor, Folder>,
+}
+
+/// A watched folder.
+struct Folder {
+    path: PathBuf,
+    /// What matters in it.
+    names: BTreeSet<OsString>,
 }
 
 /// What an event asks for.
@@ -230,7 +248,7 @@ impl Watcher {
         let mut watcher = Self {
             path: path::absolute(path).map_err(failed)?,
             events,
-            names: HashMap::new(),
+            folders: HashMap::new(),
         };
         watcher.place().map_err(failed)?;
         Ok(watcher)
@@ -248,27 +266,33 @@ impl Watcher {
             | WatchMask::DELETE_SELF
             | WatchMask::MOVE_SELF
             | WatchMask::ONLYDIR;
-        let mut names: HashMap<_, BTreeSet<OsString>> = HashMap::new();
-        for (folder, in_folder) in links::places(&self.path) {
-            match self.events.watches().add(&folder, mask) {
-                // One folder by two paths has one descriptor.
-                Ok(descriptor) => names.entry(descriptor).or_default().extend(in_folder),
+        let mut folders: HashMap<_, Folder> = HashMap::new();
+        for (path, names) in links::places(&self.path) {
+            match self.events.watches().add(&path, mask) {
+                // Two paths of one folder have one descriptor.
+                Ok(descriptor) => folders
+                    .entry(descriptor)
+                    .or_insert_with(|| Folder {
+                        path,
+                        names: BTreeSet::new(),
+                    })
+                    .names
+                    .extend(names),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(error),
             }
         }
-        for old in self.names.keys().filter(|old| !names.contains_key(old)) {
+        for old in self.folders.keys().filter(|old| !folders.contains_key(old)) {
             // Fails where the folder is gone, and the watch with it.
             let _ = self.events.watches().remove(old.clone());
         }
-        self.names = names;
+        self.folders = folders;
         Ok(())
     }
 
     /// Returns once something changed and the change is complete, or `retry` has passed.
     async fn changed(&mut self, retry: Option<Duration>) -> io::Result<()> {
-        let retry_at = retry.map(|retry| Instant::now() + retry);
-        let mut settled_at: Option<Instant> = retry_at;
+        let mut settled_at = retry.map(|retry| Instant::now() + retry);
         let mut limit: Option<Instant> = None;
         loop {
             let event = match settled_at {
@@ -297,17 +321,17 @@ impl Watcher {
         if event.mask.contains(EventMask::Q_OVERFLOW) {
             return Some(Change::Done);
         }
-        let names = self.names.get(&event.wd)?;
+        let folder = self.folders.get(&event.wd)?;
         let Some(name) = &event.name else {
             // Of the folder itself: gone, or moved away.
             return Some(Change::Done);
         };
-        if !names.contains(name) {
+        if !folder.names.contains(name) {
             return None;
         }
-        // A file that is made is empty: it counts when its writer has closed it. A link is complete
-        // from the start; one made where none was isn't told apart, so it waits as well.
-        let is_unfinished = event.mask.intersects(EventMask::MODIFY | EventMask::CREATE);
+        // A file that is made is empty, and counts when its writer has closed it.
+        let is_unfinished = event.mask.contains(EventMask::MODIFY)
+            || event.mask.contains(EventMask::CREATE) && !is_link(&folder.path.join(name));
         Some(if is_unfinished {
             Change::Writing
         } else {
@@ -315,3 +339,11 @@ impl Watcher {
         })
     }
 }
+
+/// Whether the path is a link, symbolic or hard: complete from the moment when it is made.
+fn is_link(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink() || found.nlink() > 1)
+}
+
+#[cfg(test)]
+mod tests;

@@ -16,7 +16,7 @@ use crate::model::{PortRange, ports};
 const FEWEST_DIAL_PORTS: usize = 1000;
 
 /// Ten years. A limit keeps sums with a point in time from overflowing.
-const LONGEST_DURATION: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
+const LONGEST_DURATION: Duration = Duration::from_hours(10 * 365 * 24);
 
 /// An RFC 1123 label: what Kubernetes takes as the name of a namespace.
 pub(super) fn label(text: &str) -> Result<(), String> {

@@ -1,7 +1,7 @@
 //! Discovery from one YAML file, watched.
 //!
-//! The way of a file: [`watch`] notices a change and reads the text, `parse` gives it a shape,
-//! [`check`] gives it a meaning. A file is taken whole or refused whole.
+//! The way of a file: [`watch()`] notices a change and reads the text, `parse` gives it a shape,
+//! [`check()`] gives it a meaning. A file is taken whole or refused whole.
 
 mod check;
 mod error;

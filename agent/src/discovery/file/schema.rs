@@ -2,7 +2,7 @@
 //!
 //! Only shape: a value of these types has the right fields of the right kinds, and the doc comments
 //! here become the descriptions of the JSON schema. What the values mean is checked in
-//! [`super::check`], so addresses, durations and port ranges stay text here: that way a bad one is
+//! [`super::check()`], so addresses, durations and port ranges stay text here: that way a bad one is
 //! reported beside all other mistakes instead of ending the parse.
 
 use std::{borrow::Cow, collections::BTreeMap, fmt, net::IpAddr};

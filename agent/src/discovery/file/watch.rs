@@ -99,8 +99,8 @@ impl Follower {
         let text = match read(self.path.clone()).await {
             Ok(text) => text,
             Err(error) => {
-                self.judged = None;
-                self.refuse(&error);
+                let is_repeat = self.judged.take().is_none();
+                self.refuse(&error, is_repeat);
                 return;
             }
         };
@@ -111,7 +111,7 @@ impl Follower {
         self.judged = Some(text);
         match result {
             Ok(mesh) => self.accept(mesh),
-            Err(error) => self.refuse(&error),
+            Err(error) => self.refuse(&error, false),
         }
     }
 
@@ -130,14 +130,14 @@ impl Follower {
         tracing::info!(path = %self.path.display(), changed = is_new, "mesh file accepted");
     }
 
-    /// Says why the file isn't in force, unless that was the last thing said.
-    fn refuse(&self, error: &Error) {
+    /// Says why the file isn't in force. A repeated try that fails as before is no news.
+    fn refuse(&self, error: &Error, is_repeat: bool) {
         let refusal = Refusal {
             label: error.label(),
             report: error.to_string().into(),
         };
         let is_news = self.status.send_if_modified(|status| {
-            let is_news = status.refusal.as_ref() != Some(&refusal);
+            let is_news = !is_repeat || status.refusal.as_ref() != Some(&refusal);
             if is_news {
                 status.refused += 1;
                 status.refusal = Some(refusal.clone());
@@ -250,6 +250,8 @@ impl Watcher {
             events,
             folders: HashMap::new(),
         };
+        watcher.place().map_err(failed)?;
+        // A link that was swapped before its folder was watched is seen now.
         watcher.place().map_err(failed)?;
         Ok(watcher)
     }

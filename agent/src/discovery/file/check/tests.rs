@@ -2,7 +2,7 @@
 
 mod refusals;
 
-use std::{path::Path, time::Duration};
+use std::{fmt::Write as _, path::Path, time::Duration};
 
 use super::*;
 use crate::model::{FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange};
@@ -196,9 +196,10 @@ fn a_big_mesh_is_no_problem() {
     let mut text = format!("{NODE}workloads:\n");
     for index in 0..10_000_u32 {
         let address = IpAddr::from((0x0a10_0000 + index).to_be_bytes());
-        text += &format!(
+        let _ = writeln!(
+            text,
             "- {{name: w{index}, node: a, netns: /w{index}, addresses: [{address}], \
-             ports: [{{port: 80}}], labels: {{app: w, tier: x}}, settings: {{mtls: strict}}}}\n"
+             ports: [{{port: 80}}], labels: {{app: w, tier: x}}, settings: {{mtls: strict}}}}"
         );
     }
     assert_eq!(mesh(&text).workloads.len(), 10_000);

@@ -176,6 +176,10 @@ async fn a_bad_file_changes_nothing_but_the_status_until_it_is_good() {
     assert!(refusal.report.starts_with(&start), "{}", refusal.report);
     assert!(!mesh.has_changed().unwrap());
 
+    folder.write("mesh.yaml", &format!("{}# Still bad.\n", file_of("Bad")));
+
+    status_becomes(&discovery, |status| status.refused == 2).await;
+
     folder.write("mesh.yaml", &file_of("two"));
 
     becomes(&discovery, "two").await;

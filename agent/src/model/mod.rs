@@ -15,7 +15,7 @@ pub use settings::{FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange, Set
 pub use spiffe::SpiffeId;
 
 /// One consistent view of the mesh.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct Mesh {
     pub trust_domain: String,
     pub identity: IdentityConfig,
@@ -48,6 +48,26 @@ impl Mesh {
             mesh.workloads.insert(workload.id.clone(), workload);
         }
         mesh
+    }
+
+    /// This snapshot with the `Arc`s of `previous` for the nodes and workloads that are equal in
+    /// both, so that whoever compares snapshots finds what didn't change by its pointer.
+    #[must_use]
+    pub fn sharing_with(mut self, previous: &Self) -> Self {
+        for (name, node) in &mut self.nodes {
+            if let Some(old) = previous.nodes.get(name).filter(|old| *old == node) {
+                *node = Arc::clone(old);
+            }
+        }
+        for (id, workload) in &mut self.workloads {
+            if let Some(old) = previous.workloads.get(id).filter(|old| *old == workload) {
+                *workload = Arc::clone(old);
+                for address in &workload.addresses {
+                    self.by_address.insert(*address, Arc::clone(workload));
+                }
+            }
+        }
+        self
     }
 
     /// The workload that owns `address`, given in its canonical form (an IPv4 address is never

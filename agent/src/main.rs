@@ -1,5 +1,6 @@
 //! `malla`: the agent and its command line.
 
 mod model;
+mod telemetry;
 
 fn main() {}

@@ -82,6 +82,20 @@ impl AccessRecord<'_> {
     }
 }
 
+/// Writes that a connection was refused before anything but its addresses was known: a failed
+/// handshake, say. As with ztunnel at level warn, and with fewer keys.
+pub fn write_refusal(direction: Direction, src: SocketAddr, dst: SocketAddr, reason: Reason) {
+    tracing::event!(
+        target: TARGET,
+        Level::WARN,
+        src.addr = %src,
+        dst.addr = %dst,
+        direction = direction.as_str(),
+        error = reason.as_str(),
+        "connection failed"
+    );
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -171,6 +185,21 @@ mod tests {
             "error\taccess\tconnection complete\tsrc.addr=10.1.0.2:40000 src.workload=\"web\" \
              src.namespace=\"emojivoto\" dst.addr=10.1.1.3:15008 direction=\"outbound\" \
              bytes_sent=10 bytes_recv=200 duration=\"12ms\" error=\"connect_refused\"\n"
+        );
+    }
+
+    #[test]
+    fn an_early_refusal_says_who_and_why() {
+        let line = captured(LogFormat::Text, "info", || {
+            let (src, dst) = ("10.1.0.2:40000", "10.1.1.3:15008");
+            let (src, dst) = (src.parse().unwrap(), dst.parse().unwrap());
+            write_refusal(Direction::Inbound, src, dst, Reason::UntrustedCertificate);
+        });
+        let (_time, rest) = line.split_once('\t').unwrap();
+        assert_eq!(
+            rest,
+            "warn\taccess\tconnection failed\tsrc.addr=10.1.0.2:40000 dst.addr=10.1.1.3:15008 \
+             direction=\"inbound\" error=\"untrusted_certificate\"\n"
         );
     }
 

@@ -13,14 +13,15 @@ use std::{
 use malla_common::Reason;
 use nix::errno::Errno;
 use prometheus::{
-    GaugeVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder, core::Collector,
-    proto::MetricType,
+    GaugeVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    core::Collector,
+    proto::{MetricFamily, MetricType},
 };
 
 use super::{
     Direction, KernelCount,
     collector::{Family, Sampled, label},
-    kernel,
+    errno_label, kernel,
     logging::DroppedLines,
     process,
     transport::{self, Transports, WorkerMetrics},
@@ -104,19 +105,7 @@ impl Metrics {
             &registry,
             Sampled::new(&process::FAMILIES, move || process::families(started)),
         );
-        attach(
-            &registry,
-            Sampled::new(&[BUILD], || {
-                let profile = if cfg!(debug_assertions) {
-                    "debug"
-                } else {
-                    "release"
-                };
-                let version = env!("CARGO_PKG_VERSION");
-                let labels = vec![label("profile", profile), label("version", version)];
-                vec![BUILD.with(vec![BUILD.sample(labels, 1)])]
-            }),
-        );
+        attach(&registry, Sampled::new(&[BUILD], || vec![build_info()]));
         Self {
             handshakes: counters(
                 &registry,
@@ -232,8 +221,7 @@ impl Metrics {
     /// `accept` failed on a listener of `role`.
     pub fn accept_error(&self, role: Role, error: &io::Error) {
         let errno = error.raw_os_error().map(Errno::from_raw);
-        let errno = errno.map_or_else(String::new, |errno| format!("{errno:?}"));
-        let labels = [role.as_str(), &errno];
+        let labels = [role.as_str(), &errno_label(errno)];
         self.accept_errors.with_label_values(&labels).inc();
     }
 
@@ -288,6 +276,17 @@ impl Drop for TunnelMetrics {
     fn drop(&mut self) {
         self.open.dec();
     }
+}
+
+fn build_info() -> MetricFamily {
+    let profile = if cfg!(debug_assertions) {
+        "debug"
+    } else {
+        "release"
+    };
+    let version = env!("CARGO_PKG_VERSION");
+    let labels = vec![label("profile", profile), label("version", version)];
+    BUILD.with(vec![BUILD.sample(labels, 1)])
 }
 
 fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {

@@ -21,7 +21,9 @@ mod transport;
 
 use std::fmt;
 
-pub use access::{AccessRecord, Party};
+use nix::errno::Errno;
+
+pub use access::{AccessRecord, Party, write_refusal};
 pub use admin::serve as serve_admin;
 pub use kernel::{KernelCount, Unit, Verdict};
 pub use logging::{DroppedLines, LogError, LogFormat, LogGuard, init as init_logging};
@@ -53,5 +55,14 @@ impl Direction {
 impl fmt::Display for Direction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
+    }
+}
+
+/// The label `errno`: the name that C has for it, empty without an error.
+fn errno_label(errno: Option<Errno>) -> String {
+    match errno {
+        None => String::new(),
+        Some(Errno::UnknownErrno) => "UNKNOWN_ERRNO".to_owned(),
+        Some(errno) => format!("{errno:?}"),
     }
 }

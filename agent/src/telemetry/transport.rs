@@ -17,6 +17,7 @@
 //! a connection, so the series of a pod that is gone go too. At most [`series::MAX_SERIES`] stand at a
 //! time; what is beyond them is summed, for each reporting workload, under the other end `other`.
 
+mod key;
 mod series;
 
 use std::{
@@ -64,7 +65,7 @@ pub enum NoTls {
     /// The leg is between the agent and the pod's app.
     Loopback,
     /// The client sent plaintext.
-    NoTlsFromRemote,
+    PlaintextClient,
     /// The port is opted out.
     PortSkipped,
     /// Discovery knows no identity for the destination.
@@ -76,7 +77,7 @@ impl NoTls {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Loopback => "loopback",
-            Self::NoTlsFromRemote => "no_tls_from_remote",
+            Self::PlaintextClient => "no_tls_from_remote",
             Self::PortSkipped => "port_skipped",
             Self::NotProvidedByServiceDiscovery => "not_provided_by_service_discovery",
         }
@@ -153,14 +154,6 @@ impl Failure {
         Self {
             errno: errno.or(Self::from(reason).errno),
             reason,
-        }
-    }
-
-    fn errno_label(self) -> String {
-        match self.errno {
-            None => String::new(),
-            Some(Errno::UnknownErrno) => "UNKNOWN_ERRNO".to_owned(),
-            Some(errno) => format!("{errno:?}"),
         }
     }
 }

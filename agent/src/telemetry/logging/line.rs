@@ -104,7 +104,7 @@ struct Fields<'a, 'w> {
 
 impl Fields<'_, '_> {
     /// `text` is for the plain form, `value` for JSON.
-    fn pair(&mut self, field: &Field, text: fmt::Arguments<'_>, value: serde_json::Value) {
+    fn pair(&mut self, field: &Field, text: fmt::Arguments<'_>, value: &serde_json::Value) {
         // Where the bridge from the `log` crate found an event is no field of that event.
         if self.result.is_err() || field.name().starts_with("log.") {
             return;
@@ -127,26 +127,26 @@ impl Fields<'_, '_> {
 
 impl Visit for Fields<'_, '_> {
     fn record_f64(&mut self, field: &Field, value: f64) {
-        self.pair(field, format_args!("{value}"), value.into());
+        self.pair(field, format_args!("{value}"), &value.into());
     }
 
     fn record_i64(&mut self, field: &Field, value: i64) {
-        self.pair(field, format_args!("{value}"), value.into());
+        self.pair(field, format_args!("{value}"), &value.into());
     }
 
     fn record_u64(&mut self, field: &Field, value: u64) {
-        self.pair(field, format_args!("{value}"), value.into());
+        self.pair(field, format_args!("{value}"), &value.into());
     }
 
     fn record_bool(&mut self, field: &Field, value: bool) {
-        self.pair(field, format_args!("{value}"), value.into());
+        self.pair(field, format_args!("{value}"), &value.into());
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
         if field.name() == "message" {
-            self.pair(field, format_args!("{value}"), value.into());
+            self.pair(field, format_args!("{value}"), &value.into());
         } else {
-            self.pair(field, format_args!("{value:?}"), value.into());
+            self.pair(field, format_args!("{value:?}"), &value.into());
         }
     }
 
@@ -155,7 +155,7 @@ impl Visit for Fields<'_, '_> {
             LogFormat::Json => format!("{value:?}").into(),
             LogFormat::Text => serde_json::Value::Null,
         };
-        self.pair(field, format_args!("{value:?}"), json);
+        self.pair(field, format_args!("{value:?}"), &json);
     }
 }
 

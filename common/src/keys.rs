@@ -1,0 +1,213 @@
+//! Keys and values of the maps.
+
+use crate::{Address, Reason};
+
+/// What the programs know of a pod, found by each of its addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct PodEntry {
+    /// Number of the pod on this node, never 0.
+    pub pod: u32,
+    /// Bits of [`pod_flags`].
+    pub flags: u32,
+}
+
+/// Bits of [`PodEntry::flags`].
+pub mod pod_flags {
+    /// Without an agent, new connections pass unmeshed instead of being refused.
+    pub const FAIL_OPEN: u32 = 1 << 0;
+    /// Plaintext never reaches the app, whether an agent lives or not.
+    pub const STRICT: u32 = 1 << 1;
+    /// SYNs without a socket of the pod's netns are steered instead of refused.
+    pub const NESTED_ALLOW: u32 = 1 << 2;
+}
+
+/// What a listener of the agent is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Role {
+    /// Takes what the app opens.
+    Outbound = 0,
+    /// Takes plaintext to the app.
+    Inbound = 1,
+    /// Takes mutual TLS from other agents.
+    Mesh = 2,
+}
+
+/// Key of a listening socket of the agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct ListenerKey {
+    pub pod: u32,
+    pub role: u16,
+    /// The worker whose socket it is.
+    pub slot: u16,
+}
+
+impl ListenerKey {
+    #[inline(always)]
+    pub const fn new(pod: u32, role: Role, slot: u16) -> Self {
+        Self {
+            pod,
+            role: role as u16,
+            slot,
+        }
+    }
+}
+
+/// One direction of a TCP connection. Ports in host order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct Flow {
+    pub source: Address,
+    pub destination: Address,
+    pub source_port: u16,
+    pub destination_port: u16,
+}
+
+/// Data of a longest-prefix rule over the ports of one pod and direction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct PortRule {
+    pub pod: u32,
+    pub direction: u16,
+    /// In network order, so that a prefix of bits is a range of ports.
+    pub port: u16,
+}
+
+impl PortRule {
+    /// Bits that are always compared: pod and direction.
+    pub const FIXED_BITS: u32 = 48;
+    pub const BITS: u32 = 64;
+}
+
+/// Data of a longest-prefix rule over the peer addresses of one pod and direction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct NetRule {
+    pub pod: u32,
+    pub direction: u32,
+    pub peer: Address,
+}
+
+impl NetRule {
+    /// Bits that are always compared: pod and direction.
+    pub const FIXED_BITS: u32 = 64;
+    pub const BITS: u32 = 192;
+}
+
+/// What was decided about a connection, at its SYN.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Verdict {
+    Undecided = 0,
+    Steer = 1,
+    Pass = 2,
+    Refuse = 3,
+}
+
+/// Kept with an app's socket. Outlives the agent that made it: its layout may only grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct SocketState {
+    pub destination: Address,
+    /// Sequence number of the SYN that was decided about, in network order.
+    pub sequence: u32,
+    pub destination_port: u16,
+    pub source_port: u16,
+    /// A [`Verdict`].
+    pub verdict: u8,
+    /// The [`Reason`] of the verdict.
+    pub reason: u8,
+    pub reserved: [u8; 6],
+}
+
+impl SocketState {
+    pub const UNDECIDED: Self = Self {
+        destination: Address([0; 4]),
+        sequence: 0,
+        destination_port: 0,
+        source_port: 0,
+        verdict: Verdict::Undecided as u8,
+        reason: Reason::Meshed as u8,
+        reserved: [0; 6],
+    };
+}
+
+/// Two ends whose connections share workers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct Pair {
+    pub source: Address,
+    pub destination: Address,
+}
+
+/// The workers of a [`Pair`]: `count` of them, from `first` on, round the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct PairSlots {
+    pub first: u16,
+    pub count: u16,
+}
+
+/// What a worker says of itself, for the choice of the next connection's worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[repr(C)]
+pub struct WorkerLoad {
+    pub connections: u32,
+    /// Share of the last interval that the worker was busy, 0 to 100.
+    pub busy_percent: u32,
+}
+
+#[cfg(feature = "user")]
+mod user {
+    use super::*;
+
+    macro_rules! pod {
+        ($($type:ty),+) => {
+            $(
+                // SAFETY: `repr(C)` of integers only, without padding (see the layout test).
+                unsafe impl aya::Pod for $type {}
+            )+
+        };
+    }
+
+    pod!(
+        Address,
+        Flow,
+        ListenerKey,
+        NetRule,
+        Pair,
+        PairSlots,
+        PodEntry,
+        PortRule,
+        SocketState,
+        WorkerLoad
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use core::mem::{offset_of, size_of};
+
+    use super::*;
+
+    #[test]
+    fn layouts_have_no_padding_and_stay_as_they_are() {
+        assert_eq!(size_of::<Address>(), 16);
+        assert_eq!(size_of::<PodEntry>(), 8);
+        assert_eq!(size_of::<ListenerKey>(), 8);
+        assert_eq!(size_of::<Flow>(), 36);
+        assert_eq!(size_of::<PortRule>(), 8);
+        assert_eq!(size_of::<NetRule>(), 24);
+        assert_eq!(size_of::<SocketState>(), 32);
+        assert_eq!(size_of::<Pair>(), 32);
+        assert_eq!(size_of::<PairSlots>(), 4);
+        assert_eq!(size_of::<WorkerLoad>(), 8);
+        assert_eq!(offset_of!(Flow, source_port), 32);
+        assert_eq!(offset_of!(PortRule, port), 6);
+        assert_eq!(offset_of!(NetRule, peer), 8);
+        assert_eq!(offset_of!(SocketState, sequence), 16);
+        assert_eq!(offset_of!(SocketState, verdict), 24);
+    }
+}

@@ -10,26 +10,12 @@ mod spiffe;
 
 use std::{collections::HashMap, fmt, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
+pub use malla_common::{Reason, ports};
 pub use settings::{FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange, Settings};
-pub use spiffe::{SpiffeId, SpiffeIdError};
-
-/// TCP ports of the agent's listeners in a pod's network namespace.
-pub mod ports {
-    /// Connections that the app opens. A name in output, never on the wire.
-    pub const OUTBOUND: u16 = 15001;
-    /// Plaintext connections to the app. A name in output, never on the wire.
-    pub const INBOUND: u16 = 15006;
-    /// Mutual TLS from other agents (HBONE), the only one of the three on the wire.
-    pub const MESH: u16 = 15008;
-
-    /// Whether `port` is one of the agent's own listeners.
-    pub fn is_agents(port: u16) -> bool {
-        matches!(port, OUTBOUND | INBOUND | MESH)
-    }
-}
+pub use spiffe::SpiffeId;
 
 /// One consistent view of the mesh.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct Mesh {
     pub trust_domain: String,
     pub identity: IdentityConfig,
@@ -62,6 +48,26 @@ impl Mesh {
             mesh.workloads.insert(workload.id.clone(), workload);
         }
         mesh
+    }
+
+    /// This snapshot with the `Arc`s of `previous` for the nodes and workloads that are equal in
+    /// both, so that whoever compares snapshots finds what didn't change by its pointer.
+    #[must_use]
+    pub fn sharing_with(mut self, previous: &Self) -> Self {
+        for (name, node) in &mut self.nodes {
+            if let Some(old) = previous.nodes.get(name).filter(|old| *old == node) {
+                *node = Arc::clone(old);
+            }
+        }
+        for (id, workload) in &mut self.workloads {
+            if let Some(old) = previous.workloads.get(id).filter(|old| *old == workload) {
+                *workload = Arc::clone(old);
+                for address in &workload.addresses {
+                    self.by_address.insert(*address, Arc::clone(workload));
+                }
+            }
+        }
+        self
     }
 
     /// The workload that owns `address`, given in its canonical form (an IPv4 address is never

@@ -3,9 +3,12 @@
 use std::{net::IpAddr, time::Duration};
 
 use ipnet::IpNet;
+use schemars::JsonSchema;
+use serde::Deserialize;
 
 /// What a meshed pod does with clients that have no identity.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum MtlsMode {
     /// Plaintext clients reach the app.
     #[default]
@@ -15,7 +18,8 @@ pub enum MtlsMode {
 }
 
 /// What becomes of new connections while no agent lives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum FailMode {
     /// They are refused at once.
     #[default]
@@ -25,7 +29,8 @@ pub enum FailMode {
 }
 
 /// What becomes of connections from sockets that aren't in the pod's own netns.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum NestedMode {
     #[default]
     Refuse,
@@ -33,7 +38,8 @@ pub enum NestedMode {
 }
 
 /// What becomes of an interface that can't be steered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum InterfaceMode {
     /// It is set down.
     #[default]

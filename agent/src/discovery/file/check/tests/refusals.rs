@@ -1,0 +1,300 @@
+//! Tables of bad files with what is said of each.
+
+use super::{NODE, refusal};
+
+#[test]
+fn a_text_that_is_no_mesh_file_is_refused_where_it_stops_being_one() {
+    for (text, said) in [
+        ("", "mesh.yaml:1: unexpected end of file"),
+        ("nodes: [", "mesh.yaml:1: nodes: unclosed bracket '['"),
+        ("- a", "mesh.yaml:1: expected fields"),
+        ("nodes: []", "mesh.yaml:1: `workloads` is missing"),
+        (
+            "nodes: 5\nworkloads: []",
+            "mesh.yaml:1: nodes: expected a list",
+        ),
+        (
+            "nodes: []\nworkloads: []\nnode: 1",
+            "mesh.yaml:3: node: unknown field; known here: trustDomain, identity, nodes, settings, \
+             namespaces, workloads",
+        ),
+        (
+            "nodes:\n- name: a\n  value: b\nworkloads: []",
+            "mesh.yaml:3: nodes[0].value: unknown field; known here: name, addresses, cgroup, bpffs",
+        ),
+        (
+            "nodes: []\nworkloads:\n- addresses: []",
+            "mesh.yaml:3: workloads[0]: `name` is missing",
+        ),
+        (
+            "nodes: []\nworkloads:\n- name: a\n  name: b",
+            "mesh.yaml:4: workloads[0]: duplicate mapping key `name` is not allowed here",
+        ),
+        (
+            "nodes: []\nworkloads:\n- name: a\n  mesh: on",
+            "mesh.yaml:4: workloads[0].mesh: `on` is none of: enabled, disabled",
+        ),
+        (
+            "nodes: []\nworkloads:\n- name: a\n  ports:\n  - port: 70000",
+            "mesh.yaml:5: workloads[0].ports[0].port: expected a port, 1 to 65535",
+        ),
+        (
+            "nodes: []\nworkloads:\n- labels:\n    value: [1]",
+            "mesh.yaml:4: workloads[0].labels.value: expected text",
+        ),
+        (
+            "nodes: []\nworkloads: []\nsettings:\n  skipInboundPorts: [1, 1.5]",
+            "mesh.yaml:4: settings.skipInboundPorts[1]: found floating point `1.5`, expected a port \
+             or a range of ports",
+        ),
+    ] {
+        assert_eq!(refusal(text), said, "{text:?}");
+    }
+}
+
+#[test]
+fn what_stands_outside_of_workloads_is_checked() {
+    for (text, said) in [
+        (
+            "trustDomain: Cluster.Local\nnodes: []",
+            "1: trustDomain: `Cluster.Local` is no trust domain: 1 to 255 of a-z, 0-9, ., - and _, \
+             such as cluster.local",
+        ),
+        (
+            "nodes: []\nidentity: {directory: x, certificateLifetime: 24h}",
+            "2: identity.directory: `x` is no absolute path",
+        ),
+        (
+            "nodes: []\nidentity:\n  certificateLifetime: 24",
+            "3: identity.certificateLifetime: `24` is no duration such as 500ms, 5s or 24h",
+        ),
+        (
+            "nodes: [{name: a, addresses: [], cgroup: /a, bpffs: /a}]",
+            "1: nodes[0].addresses: has no address; at least one is needed",
+        ),
+        (
+            "nodes:\n- {name: a, addresses: [10.0.0.1], cgroup: /a, bpffs: /a}\n\
+             - {name: a, addresses: [10.0.0.1], cgroup: a, bpffs: /a}",
+            "3: nodes[1].name: there is a node a already (line 2)\n\
+             3: nodes[1].addresses[0]: 10.0.0.1 belongs to node a already (line 2)\n\
+             3: nodes[1].cgroup: `a` is no absolute path",
+        ),
+        (
+            "nodes: []\nnamespaces:\n- name: a.b\n- name: c\n- name: c",
+            "3: namespaces[0].name: `a.b` is no RFC 1123 label: at most 63 of a-z, 0-9 and -, with \
+             a letter or digit at both ends\n\
+             5: namespaces[2].name: there is a namespace c already (line 4)",
+        ),
+        (
+            "nodes: []\nnamespaces: [{name: c, settings: {connectTimeout: 0s}}]",
+            "2: namespaces[0].settings.connectTimeout: a duration of zero leaves no time at all; \
+             write at least 1ms",
+        ),
+    ] {
+        let text = format!("{text}\nworkloads: []");
+        assert_eq!(refusal(&text).replace("mesh.yaml:", ""), said, "{text:?}");
+    }
+}
+
+#[test]
+fn workloads_are_checked() {
+    for (fields, said) in [
+        (
+            "name: Web, addresses: [10.1.0.1]",
+            "name: `Web` is no RFC 1123 subdomain: at most 253 of a-z, 0-9, - and ., with a letter \
+             or digit at both ends of each part",
+        ),
+        (
+            "name: w, namespace: -x, addresses: [10.1.0.1]",
+            "namespace: `-x` is no RFC 1123 label: at most 63 of a-z, 0-9 and -, with a letter or \
+             digit at both ends",
+        ),
+        (
+            "name: w, serviceAccount: a..b, addresses: [10.1.0.1]",
+            "serviceAccount: `a..b` is no RFC 1123 subdomain: at most 253 of a-z, 0-9, - and ., \
+             with a letter or digit at both ends of each part",
+        ),
+        (
+            "name: w, addresses: []",
+            "addresses: has no address; at least one is needed",
+        ),
+        (
+            "name: w, addresses: [web]",
+            "addresses[0]: `web` is no IP address",
+        ),
+        (
+            "name: w, addresses: [10.1.0.1/24]",
+            "addresses[0]: `10.1.0.1/24` is a network; write the address alone",
+        ),
+        (
+            "name: w, addresses: ['::ffff:10.1.0.1']",
+            "addresses[0]: ::ffff:10.1.0.1 is IPv4-mapped; write 10.1.0.1",
+        ),
+        (
+            "name: w, addresses: ['::']",
+            "addresses[0]: :: is the unspecified address; write one that others can reach",
+        ),
+        (
+            "name: w, addresses: [127.0.0.1]",
+            "addresses[0]: 127.0.0.1 is a loopback address; write one that others can reach",
+        ),
+        (
+            "name: w, addresses: ['ff02::1']",
+            "addresses[0]: ff02::1 is a multicast or broadcast address; write one that others can \
+             reach",
+        ),
+        (
+            "name: w, addresses: [10.0.0.1]",
+            "addresses[0]: 10.0.0.1 belongs to node a already (line 2)",
+        ),
+        (
+            "name: w, addresses: ['fd01::1', 'fd01:0::1']",
+            "addresses[1]: fd01::1 belongs to default/w already (line 4)",
+        ),
+        (
+            "name: w, node: b, netns: /w, addresses: [10.1.0.1]",
+            "node: there is no node b in this file",
+        ),
+        (
+            "name: w, node: a, addresses: [10.1.0.1]",
+            "netns: is missing: the agent enters a meshed pod's network namespace; write its path, \
+             or `mesh: disabled`",
+        ),
+        (
+            "name: w, node: a, netns: run/w, addresses: [10.1.0.1]",
+            "netns: `run/w` is no absolute path",
+        ),
+        (
+            "name: w, netns: /w, addresses: [10.1.0.1]",
+            "netns: stands without `node`: a path means nothing without the node that it is on",
+        ),
+        (
+            "name: w, addresses: [10.1.0.1], ports: [{port: 0}]",
+            "ports[0].port: port 0 stands for no port; write 1 to 65535",
+        ),
+        (
+            "name: w, addresses: [10.1.0.1], ports: [{port: 80}, {port: 80}]",
+            "ports[1].port: port 80 is declared already (line 4)",
+        ),
+        (
+            "name: w, addresses: [10.1.0.1], ports: [{name: x, port: 80}, {name: x, port: 81}]",
+            "ports[1].name: there is a port x already (line 4)",
+        ),
+    ] {
+        let text = format!("{NODE}workloads:\n- {{{fields}}}");
+        assert_eq!(
+            refusal(&text),
+            format!("mesh.yaml:4: workloads[0].{said}"),
+            "{fields}"
+        );
+    }
+}
+
+#[test]
+fn settings_are_checked() {
+    for (setting, said) in [
+        (
+            "mtls: maybe",
+            "mtls: `maybe` is none of: permissive, strict",
+        ),
+        (
+            "skipOutboundPorts: [1, x]",
+            "skipOutboundPorts[1]: `x` is no port and no range of ports such as 3000-3010",
+        ),
+        (
+            "skipInboundPorts: [0]",
+            "skipInboundPorts[0]: port 0 stands for no port; write 1 to 65535",
+        ),
+        (
+            "skipInboundPorts: [-4]",
+            "skipInboundPorts[0]: `-4` is no port and no range of ports such as 3000-3010",
+        ),
+        (
+            "skipInboundPorts: [9-8]",
+            "skipInboundPorts[0]: the first port is after the last; write 8-9",
+        ),
+        (
+            "skipOutboundSubnets: [10.9.0.1]",
+            "skipOutboundSubnets[0]: 10.9.0.1 has no prefix length; write 10.9.0.1/32",
+        ),
+        (
+            "skipOutboundSubnets: [10.9.0.1/16]",
+            "skipOutboundSubnets[0]: 10.9.0.1/16 has bits set beyond its prefix; write 10.9.0.0/16",
+        ),
+        (
+            "skipInboundSubnets: [all]",
+            "skipInboundSubnets[0]: `all` is no network such as 10.9.0.0/16 or fd00::/8",
+        ),
+        (
+            "skipInboundSubnets: ['::ffff:10.0.0.0/104']",
+            "skipInboundSubnets[0]: ::ffff:10.0.0.0/104 is IPv4-mapped; write the IPv4 network",
+        ),
+        (
+            "dialPorts: 10000-15006",
+            "dialPorts: 10000-15006 contains 15001, a port of the agent; write a range before \
+             15001 or after 15008",
+        ),
+        (
+            "dialPorts: 15007-17000",
+            "dialPorts: 15007-17000 contains 15008, a port of the agent; write a range before \
+             15001 or after 15008",
+        ),
+        (
+            "dialPorts: 20000-20998",
+            "dialPorts: 20000-20998 has 999 ports; at least 1000 are needed",
+        ),
+        (
+            "dialPorts: 30000-20000",
+            "dialPorts: the first port is after the last; write 20000-30000",
+        ),
+        (
+            "meshConnectTimeout: 0ms",
+            "meshConnectTimeout: a duration of zero leaves no time at all; write at least 1ms",
+        ),
+        (
+            "connectTimeout: soon",
+            "connectTimeout: `soon` is no duration such as 500ms, 5s or 24h",
+        ),
+        (
+            "idleTimeout: 11years",
+            "idleTimeout: 11years is longer than ten years",
+        ),
+    ] {
+        let text = format!("nodes: []\nworkloads: []\nsettings:\n  {setting}");
+        assert_eq!(
+            refusal(&text),
+            format!("mesh.yaml:4: settings.{said}"),
+            "{setting}"
+        );
+    }
+}
+
+#[test]
+fn all_mistakes_of_a_file_are_told_at_once() {
+    let text = format!(
+        "{NODE}workloads:
+- name: web-1
+  namespace: emojivoto
+  node: a
+  netns: /run/web
+  addresses: [10.1.0.2]
+- name: web-2
+  node: a
+  netns: /run//./web
+  addresses:
+  - 10.1.0.2
+- name: web-1
+  namespace: emojivoto
+  addresses: [10.1.0.300]
+"
+    );
+    assert_eq!(
+        refusal(&text),
+        "mesh.yaml:11: workloads[1].netns: /run//./web belongs to emojivoto/web-1 on the same node \
+         already (line 7)\n\
+         mesh.yaml:13: workloads[1].addresses[0]: 10.1.0.2 belongs to emojivoto/web-1 already (line \
+         8)\n\
+         mesh.yaml:14: workloads[2].name: there is a workload emojivoto/web-1 already (line 4)\n\
+         mesh.yaml:16: workloads[2].addresses[0]: `10.1.0.300` is no IP address"
+    );
+}

@@ -1,0 +1,93 @@
+//! YAML text to the types of [`super::schema`], with line and field path of what doesn't fit.
+
+use std::fmt::Write as _;
+
+use serde_path_to_error::{Path, Segment};
+use serde_saphyr::{Error, MessageFormatter as _, UserMessageFormatter};
+
+use super::{error::Problem, schema::MeshFile};
+
+/// Reads the text, or tells the first place where it isn't a mesh file.
+pub(super) fn parse(text: &str) -> Result<MeshFile, Problem> {
+    let options = serde_saphyr::options! {
+        // The size of the file is the limit of a big mesh: a workload has some thirty nodes.
+        budget: serde_saphyr::budget! { max_events: 32_000_000, max_nodes: 16_000_000 },
+        with_snippet: false,
+    };
+    let mut field = String::new();
+    serde_saphyr::with_deserializer_from_str_with_options(text, options, |deserializer| {
+        serde_path_to_error::deserialize(deserializer).map_err(|error| {
+            field = field_path(error.path(), error.inner());
+            error.into_inner()
+        })
+    })
+    .map_err(|error| Problem {
+        line: error
+            .location()
+            .map(|at| at.line())
+            .filter(|line| *line > 0),
+        reason: reason(&error),
+        field,
+    })
+}
+
+/// The path as users write it.
+///
+/// A value with its line is read through a map of serde-saphyr's own, whose key `value` isn't part
+/// of the file. No struct of the schema has a field of that name; labels may.
+fn field_path(path: &Path, error: &Error) -> String {
+    let mut text = String::new();
+    let mut in_labels = false;
+    for segment in path {
+        match segment {
+            Segment::Seq { index } => {
+                // Writing to a String can't fail.
+                let _ = write!(text, "[{index}]");
+            }
+            Segment::Map { key } if key != "value" || in_labels => {
+                if !text.is_empty() {
+                    text.push('.');
+                }
+                text.push_str(key);
+                in_labels = key == "labels";
+            }
+            Segment::Map { .. } | Segment::Enum { .. } | Segment::Unknown => {}
+        }
+    }
+    if matches!(error.without_snippet(), Error::SerdeUnknownField { field, .. } if field == "value")
+    {
+        text.push_str(if text.is_empty() { "value" } else { ".value" });
+    }
+    text
+}
+
+fn reason(error: &Error) -> String {
+    match error.without_snippet() {
+        Error::SerdeUnknownField { expected, .. } => {
+            format!("unknown field; known here: {}", expected.join(", "))
+        }
+        Error::Unexpected { expected, .. } => match *expected {
+            "sequence start" => "expected a list".to_owned(),
+            "mapping start" => "expected fields".to_owned(),
+            "string scalar" => "expected text".to_owned(),
+            other => format!("expected {other}"),
+        },
+        // The only numbers of the schema are ports.
+        Error::InvalidScalar { ty: "u16", .. } => "expected a port, 1 to 65535".to_owned(),
+        Error::SerdeMissingField { field, .. } => format!("`{field}` is missing"),
+        Error::SerdeUnknownVariant {
+            variant, expected, ..
+        } => format!("`{variant}` is none of: {}", expected.join(", ")),
+        Error::SerdeInvalidType {
+            unexpected,
+            expected,
+            ..
+        }
+        | Error::SerdeInvalidValue {
+            unexpected,
+            expected,
+            ..
+        } => format!("found {unexpected}, expected {expected}"),
+        other => UserMessageFormatter.format_message(other).into_owned(),
+    }
+}

@@ -1,0 +1,317 @@
+//! The shape of the mesh file, as serde reads it and as `malla schema` prints it.
+//!
+//! Only shape: a value of these types has the right fields of the right kinds, and the doc comments
+//! here become the descriptions of the JSON schema. What the values mean is checked in
+//! [`super::check()`], so addresses, durations and port ranges stay text here: that way a bad one is
+//! reported beside all other mistakes instead of ending the parse.
+
+use std::{borrow::Cow, collections::BTreeMap, fmt, net::IpAddr};
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Deserializer, de};
+
+use crate::model::{FailMode, InterfaceMode, MtlsMode, NestedMode};
+
+/// The JSON schema of the mesh file, indented, made from the types of this module.
+pub fn json_schema() -> String {
+    let schema = schemars::schema_for!(MeshFile);
+    format!("{:#}\n", schema.as_value())
+}
+
+/// A value and the line that it stands on (of an alias: where the alias is used).
+#[derive(Debug)]
+pub(super) struct At<T> {
+    pub(super) value: T,
+    pub(super) line: u64,
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for At<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let spanned = serde_saphyr::Spanned::<T>::deserialize(deserializer)?;
+        Ok(Self {
+            line: spanned.referenced.line(),
+            value: spanned.value,
+        })
+    }
+}
+
+impl<T: JsonSchema> JsonSchema for At<T> {
+    fn inline_schema() -> bool {
+        T::inline_schema()
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        T::schema_name()
+    }
+
+    fn schema_id() -> Cow<'static, str> {
+        T::schema_id()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        T::json_schema(generator)
+    }
+}
+
+/// A malla mesh: its nodes, its workloads and their settings.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct MeshFile {
+    /// The trust domain of every identity in the mesh. Default: `cluster.local`.
+    pub(super) trust_domain: Option<At<String>>,
+    /// Where certificates come from and how long they live.
+    #[serde(default)]
+    pub(super) identity: IdentitySection,
+    /// The machines that run an agent. `malla agent --node NAME` says which one it is.
+    pub(super) nodes: Vec<At<NodeEntry>>,
+    /// Settings of every workload. Those of its namespace and its own go first, field by field.
+    pub(super) settings: Option<SettingsSection>,
+    /// Settings by namespace.
+    #[serde(default)]
+    pub(super) namespaces: Vec<At<NamespaceEntry>>,
+    /// The pods that the mesh knows.
+    pub(super) workloads: Vec<At<WorkloadEntry>>,
+}
+
+/// Where certificates come from and how long they live.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct IdentitySection {
+    /// Absolute path of the folder of trust anchor and issuer, made by the first agent that needs
+    /// it. Default: `/var/lib/malla/identity`.
+    pub(super) directory: Option<At<String>>,
+    /// How long a workload's certificate is valid. Default: `24h`.
+    pub(super) certificate_lifetime: Option<At<DurationText>>,
+}
+
+/// A machine that runs one agent.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct NodeEntry {
+    /// Unique name of the node (an RFC 1123 subdomain).
+    pub(super) name: At<String>,
+    /// The node's own IP addresses, at least one.
+    #[schemars(with = "Vec<IpAddr>")]
+    pub(super) addresses: At<Vec<At<String>>>,
+    /// Absolute path of the node's cgroup (v2) folder. The agent makes a child of it for itself.
+    pub(super) cgroup: At<String>,
+    /// Absolute path of a folder on a bpffs, where the agent pins links and maps.
+    pub(super) bpffs: At<String>,
+}
+
+/// The settings of one namespace.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct NamespaceEntry {
+    /// Name of the namespace (an RFC 1123 label).
+    pub(super) name: At<String>,
+    /// Settings of the namespace's workloads. A workload's own go first, field by field.
+    pub(super) settings: Option<SettingsSection>,
+}
+
+/// One pod.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct WorkloadEntry {
+    /// Name of the pod, unique in its namespace (an RFC 1123 subdomain).
+    pub(super) name: At<String>,
+    /// Namespace of the pod (an RFC 1123 label). Default: `default`.
+    pub(super) namespace: Option<At<String>>,
+    /// Service account of the pod: with the namespace, its identity. Default: `default`.
+    pub(super) service_account: Option<At<String>>,
+    /// Name of the node that the pod runs on. Absent: on none of this mesh's nodes.
+    pub(super) node: Option<At<String>>,
+    /// Absolute path of the pod's network namespace on its node. Needed by a meshed pod that has
+    /// a node.
+    pub(super) netns: Option<At<String>>,
+    /// The pod's IP addresses, at least one.
+    #[schemars(with = "Vec<IpAddr>")]
+    pub(super) addresses: At<Vec<At<String>>>,
+    /// Ports that the pod declares.
+    #[serde(default)]
+    pub(super) ports: Vec<PortEntry>,
+    /// Labels of the pod.
+    #[serde(default)]
+    pub(super) labels: BTreeMap<String, String>,
+    /// Whether the pod is part of the mesh.
+    #[serde(default)]
+    pub(super) mesh: MeshMode,
+    /// The pod's own settings.
+    pub(super) settings: Option<SettingsSection>,
+}
+
+/// Whether a pod is part of the mesh.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum MeshMode {
+    /// The pod has an identity, and its agent steers its traffic.
+    #[default]
+    Enabled,
+    /// The pod is a known peer without identity.
+    Disabled,
+}
+
+/// A port that a pod declares.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct PortEntry {
+    /// Name of the port, unique in its pod (an RFC 1123 label).
+    pub(super) name: Option<At<String>>,
+    /// The TCP port, 1 to 65535.
+    #[schemars(range(min = 1))]
+    pub(super) port: At<u16>,
+}
+
+/// What can be chosen for a workload. A field that is left out is taken from the next level:
+/// workload, namespace, mesh, default.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct SettingsSection {
+    /// What becomes of clients without identity. Default: `permissive`.
+    pub(super) mtls: Option<MtlsMode>,
+    /// What becomes of new connections while no agent lives. Default: `closed`.
+    pub(super) fail_mode: Option<FailMode>,
+    /// What becomes of connections from network namespaces inside the pod. Default: `refuse`.
+    pub(super) nested: Option<NestedMode>,
+    /// What becomes of an interface that can't be steered. Default: `refuse`.
+    pub(super) interfaces: Option<InterfaceMode>,
+    /// Ports that the app dials without the mesh. Default: none.
+    pub(super) skip_outbound_ports: Option<Vec<At<PortsText>>>,
+    /// Ports of the app that never reach the agent. Default: none.
+    pub(super) skip_inbound_ports: Option<Vec<At<PortsText>>>,
+    /// Networks that the app dials without the mesh, such as `10.9.0.0/16`. Default: none.
+    pub(super) skip_outbound_subnets: Option<Vec<At<String>>>,
+    /// Networks whose clients reach the app without the mesh. Default: none.
+    pub(super) skip_inbound_subnets: Option<Vec<At<String>>>,
+    /// Source ports that the agent uses towards the app, at least 1000. Default: `10000-32000`.
+    pub(super) dial_ports: Option<At<PortsText>>,
+    /// Limit for opening a connection to a meshed peer or to the app. Default: `1s`.
+    pub(super) mesh_connect_timeout: Option<At<DurationText>>,
+    /// Limit for opening a connection to an unmeshed destination. Default: `5s`.
+    pub(super) connect_timeout: Option<At<DurationText>>,
+    /// A connection without a byte in either direction for so long is reset. `never` turns it off
+    /// where a wider level sets it. Default: `never`.
+    pub(super) idle_timeout: Option<At<DurationText>>,
+}
+
+/// A duration as the file writes it.
+#[derive(Debug, Deserialize)]
+#[serde(transparent)]
+pub(super) struct DurationText(pub(super) String);
+
+impl JsonSchema for DurationText {
+    fn schema_name() -> Cow<'static, str> {
+        "Duration".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "string",
+            "description": "A duration with its unit, longer than zero.",
+            "examples": ["500ms", "5s", "1h 30m", "24h"],
+        })
+    }
+}
+
+/// A port or a range of ports as the file writes it: a number, or text such as `3000-3010`.
+#[derive(Debug)]
+pub(super) struct PortsText(pub(super) String);
+
+impl JsonSchema for PortsText {
+    fn schema_name() -> Cow<'static, str> {
+        "Ports".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "description": "A TCP port, or an inclusive range of them.",
+            "anyOf": [
+                {"type": "integer", "minimum": 1, "maximum": 65535},
+                {"type": "string", "pattern": "^[0-9]{1,5}(-[0-9]{1,5})?$"},
+            ],
+            "examples": [4567, "3000-3010"],
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for PortsText {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+
+        impl de::Visitor<'_> for Visitor {
+            type Value = PortsText;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a port or a range of ports")
+            }
+
+            fn visit_u64<E: de::Error>(self, port: u64) -> Result<PortsText, E> {
+                Ok(PortsText(port.to_string()))
+            }
+
+            fn visit_i64<E: de::Error>(self, port: i64) -> Result<PortsText, E> {
+                Ok(PortsText(port.to_string()))
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<PortsText, E> {
+                Ok(PortsText(text.to_owned()))
+            }
+        }
+
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+
+    /// Calls `seen` with the name of each property in the schema and its schema.
+    fn each_property(schema: &Value, seen: &mut impl FnMut(&str, &Value)) {
+        match schema {
+            Value::Object(fields) => {
+                if let Some(Value::Object(properties)) = fields.get("properties") {
+                    for (name, property) in properties {
+                        seen(name, property);
+                    }
+                }
+                fields.values().for_each(|field| each_property(field, seen));
+            }
+            Value::Array(items) => items.iter().for_each(|item| each_property(item, seen)),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn the_schema_describes_every_field() {
+        let schema: Value = serde_json::from_str(&json_schema()).unwrap();
+        let mut names = Vec::new();
+        each_property(&schema, &mut |name, property| {
+            let description = property["description"].as_str().unwrap_or_default();
+            assert!(description.ends_with('.'), "{name}: {property}");
+            names.push(name.to_owned());
+        });
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(
+            names.join(" "),
+            "addresses bpffs certificateLifetime cgroup connectTimeout dialPorts directory failMode \
+             identity idleTimeout interfaces labels mesh meshConnectTimeout mtls name namespace \
+             namespaces nested netns node nodes port ports serviceAccount settings \
+             skipInboundPorts skipInboundSubnets skipOutboundPorts skipOutboundSubnets \
+             trustDomain workloads"
+        );
+    }
+
+    #[test]
+    fn the_schema_says_what_is_needed_and_refuses_the_unknown() {
+        let schema: Value = serde_json::from_str(&json_schema()).unwrap();
+        assert_eq!(
+            schema["required"],
+            serde_json::json!(["nodes", "workloads"])
+        );
+        assert_eq!(schema["additionalProperties"], Value::Bool(false));
+    }
+}

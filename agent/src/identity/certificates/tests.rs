@@ -1,0 +1,228 @@
+use std::{
+    io::{Read, Write},
+    sync::atomic::AtomicBool,
+};
+
+use futures_util::{FutureExt, future::BoxFuture};
+use rustls::pki_types::CertificateDer;
+use tokio::time::timeout;
+
+use super::*;
+use crate::identity::{
+    ca::{CaError, SignedChain, SigningRequest},
+    embedded::EmbeddedAuthority,
+    testing::{ScratchFolder, Session, TestAuthority, handshake, identity},
+    verify::peer_identity,
+};
+
+const DEADLINE: Duration = Duration::from_secs(20);
+const DAY: Duration = Duration::from_hours(24);
+
+/// What the authority of a test does with requests.
+#[derive(Debug, Default)]
+struct Behaviour {
+    fails: AtomicBool,
+    /// Certifies this identity, whatever was asked for.
+    confused: AtomicBool,
+}
+
+/// The embedded authority, with faults.
+#[derive(Debug)]
+struct Faulty {
+    inner: EmbeddedAuthority,
+    behaviour: Arc<Behaviour>,
+}
+
+impl CertificateAuthority for Faulty {
+    fn sign(&self, mut request: SigningRequest) -> BoxFuture<'_, Result<SignedChain, CaError>> {
+        if self.behaviour.fails.load(Ordering::SeqCst) {
+            return std::future::ready(Err(CaError::Stopped)).boxed();
+        }
+        if self.behaviour.confused.load(Ordering::SeqCst) {
+            request.identity = identity("confused");
+        }
+        self.inner.sign(request)
+    }
+
+    fn trust_anchors(&self) -> BoxFuture<'_, Result<Vec<CertificateDer<'static>>, CaError>> {
+        self.inner.trust_anchors()
+    }
+}
+
+struct Fixture {
+    scratch: ScratchFolder,
+    behaviour: Arc<Behaviour>,
+    certificates: Certificates,
+}
+
+impl Fixture {
+    fn new(lifetime: Duration) -> Self {
+        let scratch = ScratchFolder::new();
+        let behaviour = Arc::new(Behaviour::default());
+        let authority = Faulty {
+            inner: EmbeddedAuthority::new(scratch.authority()),
+            behaviour: Arc::clone(&behaviour),
+        };
+        let certificates =
+            Certificates::new(Arc::new(authority), "cluster.local".to_owned(), lifetime);
+        Self {
+            scratch,
+            behaviour,
+            certificates,
+        }
+    }
+
+    async fn with_identities(lifetime: Duration, names: &[&str]) -> Self {
+        let fixture = Self::new(lifetime);
+        for name in names {
+            fixture.certificates.ensure(&identity(name)).unwrap();
+            fixture.certificates.ready(&identity(name)).await.unwrap();
+        }
+        fixture
+    }
+
+    fn session(&self) -> Session {
+        let (web, voting) = (identity("web"), identity("voting"));
+        let client = self.certificates.client_config(&web, &voting).unwrap();
+        let server = self.certificates.server_config(&voting).unwrap();
+        handshake(client, server).unwrap()
+    }
+
+    fn end_of(&self, name: &str) -> SystemTime {
+        let expirations = self.certificates.expirations();
+        let wanted = identity(name);
+        let found = expirations.into_iter().find(|(id, _)| *id == wanted);
+        found.unwrap().1
+    }
+
+    /// Waits until `holds` is true after an attempt for `name`; it is told how many have ended.
+    async fn until(&self, name: &str, holds: impl Fn(u64) -> bool) {
+        let mut attempts = self
+            .certificates
+            .entry(&identity(name))
+            .unwrap()
+            .attempts
+            .clone();
+        let waiting = attempts.wait_for(|ended| holds(*ended));
+        timeout(DEADLINE, waiting).await.unwrap().unwrap();
+    }
+}
+
+fn exchange(session: &mut Session, text: &[u8]) {
+    session.client.writer().write_all(text).unwrap();
+    session.client_speaks().unwrap();
+    let mut received = vec![0; text.len()];
+    session.server.reader().read_exact(&mut received).unwrap();
+    assert_eq!(received, text);
+}
+
+#[tokio::test]
+async fn two_identities_of_a_node_speak_with_each_other() {
+    let fixture = Fixture::with_identities(DAY, &["web", "voting"]).await;
+    let session = fixture.session();
+    let seen = peer_identity(session.server.peer_certificates().unwrap());
+    assert_eq!(seen, Ok(identity("web")));
+    let refreshes = fixture.certificates.refreshes();
+    assert_eq!(refreshes, Refreshes { ok: 2, failed: 0 });
+    assert_eq!(fixture.certificates.expirations().len(), 2);
+}
+
+#[tokio::test]
+async fn other_threads_make_handshakes_with_the_managers_keys() {
+    let fixture = Fixture::with_identities(DAY, &["web", "voting"]).await;
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| fixture.session());
+        }
+    });
+}
+
+#[tokio::test]
+async fn a_renewal_changes_the_key_and_leaves_live_connections_alone() {
+    let fixture = Fixture::with_identities(Duration::from_secs(6), &["web", "voting"]).await;
+    let mut live = fixture.session();
+    let first = live.server.peer_certificates().unwrap().to_vec();
+    let ends = fixture.end_of("web");
+
+    fixture.until("web", |_| fixture.end_of("web") > ends).await;
+
+    // Before its end, so that nothing was without a certificate meanwhile.
+    assert!(SystemTime::now() < ends);
+    exchange(&mut live, b"as if nothing had happened");
+    let next = fixture.session();
+    assert_ne!(next.server.peer_certificates().unwrap(), first);
+}
+
+#[tokio::test]
+async fn a_failing_authority_leaves_the_certificate_in_use_and_recovers_alone() {
+    let fixture = Fixture::with_identities(Duration::from_secs(6), &["web", "voting"]).await;
+    let ends = fixture.end_of("web");
+
+    fixture.behaviour.fails.store(true, Ordering::SeqCst);
+    fixture
+        .until("web", |_| fixture.certificates.refreshes().failed > 0)
+        .await;
+    fixture.session();
+    assert_eq!(fixture.end_of("web"), ends);
+
+    fixture.behaviour.fails.store(false, Ordering::SeqCst);
+    fixture.until("web", |_| fixture.end_of("web") > ends).await;
+    fixture.session();
+}
+
+#[tokio::test]
+async fn a_certificate_of_another_identity_is_not_taken() {
+    let fixture = Fixture::new(DAY);
+    fixture.behaviour.confused.store(true, Ordering::SeqCst);
+    fixture.certificates.ensure(&identity("web")).unwrap();
+
+    let ready = fixture.certificates.ready(&identity("web")).await;
+
+    assert_eq!(ready, Err(NoIdentity::NotYet(identity("web"))));
+    assert_eq!(fixture.certificates.refreshes().failed, 1);
+}
+
+#[tokio::test]
+async fn a_replaced_authority_is_followed_without_a_restart() {
+    let fixture = Fixture::with_identities(DAY, &["web", "voting"]).await;
+    let before = fixture.session();
+    let before = before.server.peer_certificates().unwrap();
+
+    let directory = fixture.scratch.authority();
+    for name in ["issuer.crt", "issuer.key"] {
+        std::fs::remove_file(directory.join(name)).unwrap();
+    }
+    TestAuthority::new("new").place_in(&directory);
+    for name in ["web", "voting"] {
+        fixture.until(name, |ended| ended > 1).await;
+    }
+
+    let after = fixture.session();
+    let after = after.server.peer_certificates().unwrap();
+    assert_ne!(after[1], before[1]);
+}
+
+#[tokio::test]
+async fn a_released_identity_has_no_configuration() {
+    let fixture = Fixture::with_identities(DAY, &["web", "voting"]).await;
+    let mut live = fixture.session();
+
+    fixture.certificates.release(&identity("web"));
+
+    let refused = fixture.certificates.server_config(&identity("web"));
+    assert_eq!(refused.unwrap_err(), NoIdentity::Unknown(identity("web")));
+    exchange(&mut live, b"still there");
+    assert_eq!(fixture.certificates.expirations().len(), 1);
+}
+
+#[tokio::test]
+async fn an_identity_of_another_trust_domain_is_not_kept() {
+    let fixture = Fixture::new(DAY);
+    let foreign: SpiffeId = "spiffe://elsewhere/ns/test/sa/web".parse().unwrap();
+    let refused = fixture.certificates.ensure(&foreign).unwrap_err();
+    let trust_domain = "cluster.local".to_owned();
+    assert_eq!(
+        refused,
+        NoIdentity::ForeignTrustDomain(foreign, trust_domain)
+    );
+}

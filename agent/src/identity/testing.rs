@@ -1,0 +1,214 @@
+//! Fixtures of this module's tests: authorities, folders and handshakes in memory.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use arc_swap::ArcSwapOption;
+use malla_common::Reason;
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType,
+    ExtendedKeyUsagePurpose, IsCa, KeyPair, SanType,
+};
+use rustls::{
+    ClientConfig, ClientConnection, Error, ServerConfig, ServerConnection, Side,
+    pki_types::{CertificateDer, ServerName},
+};
+use time::{Duration, OffsetDateTime};
+
+use super::{
+    key_slot::KeySlot,
+    reason::reason_of,
+    verify::{SharedTrust, TrustAnchors},
+};
+use crate::model::SpiffeId;
+
+/// The identity of service account `name` in the tests' trust domain.
+pub(super) fn identity(name: &str) -> SpiffeId {
+    format!("spiffe://cluster.local/ns/test/sa/{name}")
+        .parse()
+        .unwrap()
+}
+
+/// A folder that is removed at the end of the test.
+#[derive(Debug)]
+pub(super) struct ScratchFolder(PathBuf);
+
+impl ScratchFolder {
+    pub(super) fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("malla-identity-{}-{count}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        std::fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    /// A path below it that doesn't exist yet.
+    pub(super) fn authority(&self) -> PathBuf {
+        self.0.join("identity")
+    }
+}
+
+impl Drop for ScratchFolder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A trust anchor in memory that signs whatever a test wants.
+#[derive(Debug)]
+pub(super) struct TestAuthority {
+    issuer: CertifiedIssuer<'static, KeyPair>,
+}
+
+impl TestAuthority {
+    pub(super) fn new(name: &str) -> Self {
+        let now = OffsetDateTime::now_utc();
+        Self::valid(name, now - Duration::hours(1), now + Duration::hours(1))
+    }
+
+    pub(super) fn valid(name: &str, from: OffsetDateTime, to: OffsetDateTime) -> Self {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        (params.not_before, params.not_after) = (from, to);
+        let key = KeyPair::generate().unwrap();
+        Self {
+            issuer: CertifiedIssuer::self_signed(params, key).unwrap(),
+        }
+    }
+
+    pub(super) fn trust(&self) -> SharedTrust {
+        let anchors = TrustAnchors::new(vec![self.issuer.der().clone()]).unwrap();
+        Arc::new(ArcSwapOption::from_pointee(anchors))
+    }
+
+    /// Writes the anchor and its key as the embedded authority keeps them.
+    pub(super) fn place_in(&self, directory: &Path) {
+        std::fs::create_dir_all(directory).unwrap();
+        std::fs::write(directory.join("ca.crt"), self.issuer.pem()).unwrap();
+        let key = self.issuer.key().serialize_pem();
+        std::fs::write(directory.join("ca.key"), key).unwrap();
+    }
+
+    /// A key whose certificate is valid now and names `uris`.
+    pub(super) fn certify(&self, uris: &[&str]) -> Arc<KeySlot> {
+        self.certify_with(uris, |_| {})
+    }
+
+    pub(super) fn certify_with(
+        &self,
+        uris: &[&str],
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> Arc<KeySlot> {
+        let (chain, key) = self.issue(uris, change);
+        KeySlot::unchecked(chain, &key)
+    }
+
+    fn issue(
+        &self,
+        uris: &[&str],
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> (Vec<CertificateDer<'static>>, KeyPair) {
+        let now = OffsetDateTime::now_utc();
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.subject_alt_names = uris
+            .iter()
+            .map(|uri| SanType::URI((*uri).try_into().unwrap()))
+            .collect();
+        params.extended_key_usages = vec![
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ];
+        params.not_before = now - Duration::minutes(10);
+        params.not_after = now + Duration::minutes(10);
+        change(&mut params);
+        let key = KeyPair::generate().unwrap();
+        let leaf = params.signed_by(&key, &self.issuer).unwrap();
+        (vec![leaf.der().clone()], key)
+    }
+}
+
+/// Two ends that have shaken hands.
+#[derive(Debug)]
+pub(super) struct Session {
+    pub(super) client: ClientConnection,
+    pub(super) server: ServerConnection,
+}
+
+/// How a handshake failed.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    /// The side that refused, with its reason.
+    pub(super) by: Side,
+    pub(super) reason: Reason,
+    /// What the other side made of the alert.
+    pub(super) told: Reason,
+}
+
+/// Shakes hands, and lets the client see the server's verdict on its certificate.
+pub(super) fn handshake(
+    client: Arc<ClientConfig>,
+    server: Arc<ServerConfig>,
+) -> Result<Session, Refusal> {
+    let name = ServerName::from(std::net::IpAddr::from([10, 0, 0, 1]));
+    let mut session = Session {
+        client: ClientConnection::new(client, name).unwrap(),
+        server: ServerConnection::new(server).unwrap(),
+    };
+    // A full handshake takes two round trips at most (hello retry).
+    for _ in 0..3 {
+        if let Err(error) = session.client_speaks() {
+            return Err(Refusal {
+                by: Side::Server,
+                reason: reason_of(&error, Side::Server),
+                told: reason_of(&session.server_speaks().unwrap_err(), Side::Client),
+            });
+        }
+        if let Err(error) = session.server_speaks() {
+            return Err(Refusal {
+                by: Side::Client,
+                reason: reason_of(&error, Side::Client),
+                told: reason_of(&session.client_speaks().unwrap_err(), Side::Server),
+            });
+        }
+    }
+    assert!(!session.client.is_handshaking() && !session.server.is_handshaking());
+    Ok(session)
+}
+
+impl Session {
+    /// Carries what the client has to say to the server.
+    pub(super) fn client_speaks(&mut self) -> Result<(), Error> {
+        let mut bytes = Vec::new();
+        while self.client.wants_write() {
+            self.client.write_tls(&mut bytes).unwrap();
+        }
+        let mut bytes = &bytes[..];
+        while !bytes.is_empty() {
+            self.server.read_tls(&mut bytes).unwrap();
+            self.server.process_new_packets()?;
+        }
+        Ok(())
+    }
+
+    /// Carries what the server has to say to the client.
+    pub(super) fn server_speaks(&mut self) -> Result<(), Error> {
+        let mut bytes = Vec::new();
+        while self.server.wants_write() {
+            self.server.write_tls(&mut bytes).unwrap();
+        }
+        let mut bytes = &bytes[..];
+        while !bytes.is_empty() {
+            self.client.read_tls(&mut bytes).unwrap();
+            self.client.process_new_packets()?;
+        }
+        Ok(())
+    }
+}

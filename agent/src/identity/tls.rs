@@ -1,0 +1,99 @@
+//! The mesh's TLS as rustls configurations: TLS 1.3, mutual, post-quantum key exchange first.
+//!
+//! Nothing is resumed and nothing is sent early, so each connection proves both identities anew.
+
+use std::sync::{Arc, LazyLock};
+
+use rustls::{
+    ClientConfig, ServerConfig,
+    client::Resumption,
+    crypto::{
+        CryptoProvider,
+        aws_lc_rs::{self, cipher_suite, kx_group},
+    },
+    server::NoServerSessionStorage,
+    version::TLS13,
+};
+
+use super::{
+    key_slot::KeySlot,
+    verify::{ClientsOfTrustDomain, ServerWithIdentity, SharedTrust},
+};
+use crate::model::SpiffeId;
+
+/// What the mesh port carries: HBONE, which is HTTP/2.
+const ALPN: &[u8] = b"h2";
+
+static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
+    Arc::new(CryptoProvider {
+        // The first is what processors do fastest; ztunnel takes the first two only.
+        cipher_suites: vec![
+            cipher_suite::TLS13_AES_128_GCM_SHA256,
+            cipher_suite::TLS13_AES_256_GCM_SHA384,
+            cipher_suite::TLS13_CHACHA20_POLY1305_SHA256,
+        ],
+        // The client sends key shares for the first and for its X25519 half, so a peer without
+        // ML-KEM costs no further round trip.
+        kx_groups: vec![
+            kx_group::X25519MLKEM768,
+            kx_group::X25519,
+            kx_group::SECP256R1,
+        ],
+        ..aws_lc_rs::default_provider()
+    })
+});
+
+/// The cryptography that the mesh uses.
+pub(super) fn provider() -> &'static CryptoProvider {
+    &PROVIDER
+}
+
+/// The same, for what wants to share it.
+pub(super) fn shared_provider() -> Arc<CryptoProvider> {
+    Arc::clone(&PROVIDER)
+}
+
+/// The server side of the identity whose key is in `own`, for clients of `trust_domain`.
+pub(super) fn server_config(
+    own: Arc<KeySlot>,
+    trust: SharedTrust,
+    trust_domain: String,
+) -> ServerConfig {
+    let mut config = ServerConfig::builder_with_provider(shared_provider())
+        .with_protocol_versions(&[&TLS13])
+        // Fails only where the provider has no suite or no group for TLS 1.3; ours has both.
+        .expect("the provider serves TLS 1.3")
+        .with_client_cert_verifier(Arc::new(ClientsOfTrustDomain {
+            trust,
+            trust_domain,
+        }))
+        .with_cert_resolver(own);
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    config.max_early_data_size = 0;
+    config
+}
+
+/// The client side of the identity whose key is in `own`, for a server that is `expected`.
+pub(super) fn client_config(
+    own: Arc<KeySlot>,
+    trust: SharedTrust,
+    expected: SpiffeId,
+) -> ClientConfig {
+    let mut config = ClientConfig::builder_with_provider(shared_provider())
+        .with_protocol_versions(&[&TLS13])
+        // Fails only where the provider has no suite or no group for TLS 1.3; ours has both.
+        .expect("the provider serves TLS 1.3")
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(ServerWithIdentity { trust, expected }))
+        .with_client_cert_resolver(own);
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.enable_sni = false;
+    config.enable_early_data = false;
+    config.resumption = Resumption::disabled();
+    config
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,66 @@
+//! Accepting connections on a pod's listeners.
+
+use std::{io, net::TcpListener as StdListener, rc::Rc, time::Duration};
+
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::spawn_local,
+};
+
+use super::{
+    inbound, outbound,
+    worker::{PodContext, Worker},
+};
+use crate::{steer::PodListeners, telemetry::Role};
+
+/// Pause after an error that only time or closed connections can mend.
+const BACK_OFF: Duration = Duration::from_millis(50);
+
+/// Serves each role until the pod's token ends it.
+pub(super) fn serve(worker: &Rc<Worker>, pod: &Rc<PodContext>, listeners: PodListeners) {
+    for (role, listener) in [
+        (Role::Outbound, listeners.outbound),
+        (Role::Inbound, listeners.inbound),
+        (Role::Mesh, listeners.mesh),
+    ] {
+        spawn_local(listen(Rc::clone(worker), Rc::clone(pod), role, listener));
+    }
+}
+
+async fn listen(worker: Rc<Worker>, pod: Rc<PodContext>, role: Role, listener: StdListener) {
+    let listener = match TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => {
+            worker.metrics().accept_error(role, &error);
+            tracing::error!(workload = %pod.workload().id, %error, "can't poll a listener");
+            return;
+        }
+    };
+    let accepting = pod.accepting.clone();
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = accepting.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, _)) => start(&worker, &pod, role, stream),
+            // The client was gone before it was accepted.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(error) => {
+                worker.metrics().accept_error(role, &error);
+                tracing::warn!(%error, "can't accept a connection");
+                tokio::time::sleep(BACK_OFF).await;
+            }
+        }
+    }
+}
+
+fn start(worker: &Rc<Worker>, pod: &Rc<PodContext>, role: Role, stream: TcpStream) {
+    let (worker, pod) = (Rc::clone(worker), Rc::clone(pod));
+    match role {
+        Role::Outbound => spawn_local(outbound::serve(worker, pod, stream)),
+        Role::Inbound => spawn_local(inbound::serve_plaintext(worker, pod, stream)),
+        Role::Mesh => spawn_local(inbound::serve_mesh(worker, pod, stream)),
+    };
+}

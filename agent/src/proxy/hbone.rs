@@ -1,0 +1,141 @@
+//! HBONE, as Istio's ztunnel speaks it: what stands in a CONNECT and in the HTTP/2 settings.
+
+use std::{fmt::Write, net::SocketAddr};
+
+use http::{
+    HeaderMap, HeaderValue, Method, Request, StatusCode,
+    header::{FORWARDED, HeaderName},
+    uri::{Authority, Uri},
+};
+use malla_common::Reason;
+
+use crate::model::Workload;
+
+/// What a stream may be sent before its reader has read.
+pub(super) const STREAM_WINDOW: u32 = 512 * 1024;
+/// Many times a stream's, so that streams that nobody reads don't stop the others.
+pub(super) const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
+pub(super) const MAX_FRAME: u32 = 1024 * 1024;
+pub(super) const MAX_HEADERS: u32 = 64 * 1024;
+/// What waits in the agent for a stream to send, beyond what was read from its socket last.
+pub(super) const MAX_SEND_BUFFER: usize = 256 * 1024;
+/// Streams that a peer may have open in one tunnel. ztunnel's number.
+pub(super) const MAX_STREAMS: u32 = 200;
+/// Streams that this agent opens in one tunnel.
+pub(super) const MAX_OWN_STREAMS: usize = 100;
+
+const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+
+/// Why a request isn't carried: what is told to the peer, and the word for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Refusal {
+    pub status: StatusCode,
+    pub reason: Reason,
+}
+
+/// The CONNECT that opens a tunnel to `destination` for `client`, a connection of `source`.
+pub(super) fn connect(
+    source: &Workload,
+    client: SocketAddr,
+    destination: SocketAddr,
+) -> Request<()> {
+    let mut request = Request::new(());
+    *request.method_mut() = Method::CONNECT;
+    let mut parts = http::uri::Parts::default();
+    // An address and port are an authority by RFC 3986.
+    parts.authority = Authority::try_from(destination.to_string()).ok();
+    *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
+    let headers = request.headers_mut();
+    insert(headers, BAGGAGE, &baggage(source));
+    insert(headers, FORWARDED, &format!("for=\"{client}\""));
+    insert(headers, TRACEPARENT, &traceparent());
+    request
+}
+
+/// A header is left out where a workload's name doesn't fit in one.
+fn insert(headers: &mut HeaderMap, name: HeaderName, value: &str) {
+    if let Ok(value) = HeaderValue::from_str(value) {
+        headers.insert(name, value);
+    }
+}
+
+/// Who sends, for the peer's telemetry.
+fn baggage(source: &Workload) -> String {
+    format!("k8s.namespace.name={},k8s.pod.name={}", source.id.namespace, source.id.name)
+}
+
+/// W3C Trace Context: a trace of this connection alone, not sampled.
+fn traceparent() -> String {
+    let mut text = String::with_capacity(55);
+    // Writing to a string can't fail.
+    let _ = write!(text, "00-{:032x}-{:016x}-00", fastrand::u128(1..), fastrand::u64(1..));
+    text
+}
+
+/// The address that a request asks to be connected to.
+pub(super) fn destination<B>(request: &Request<B>) -> Result<SocketAddr, Refusal> {
+    let bad = Refusal { status: StatusCode::BAD_REQUEST, reason: Reason::BadRequest };
+    if request.method() != Method::CONNECT {
+        return Err(bad);
+    }
+    // A host name or an authority without a port doesn't parse: there are no Services to look up.
+    let authority = request.uri().authority().ok_or(bad)?;
+    authority.as_str().parse::<SocketAddr>().map_err(|_| bad)
+}
+
+/// What is told to the peer when the app can't be reached.
+pub(super) const UNREACHABLE: StatusCode = StatusCode::SERVICE_UNAVAILABLE;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Settings, SpiffeId, WorkloadId};
+
+    fn web() -> Workload {
+        Workload {
+            id: WorkloadId { namespace: "emojivoto".into(), name: "web-1".into() },
+            identity: "spiffe://cluster.local/ns/emojivoto/sa/web".parse::<SpiffeId>().unwrap(),
+            node: "a".into(),
+            netns: None,
+            addresses: vec![],
+            ports: vec![],
+            labels: vec![],
+            meshed: true,
+            settings: Settings::default(),
+        }
+    }
+
+    #[test]
+    fn a_connect_has_an_authority_and_ztunnels_headers() {
+        for (destination_, authority) in
+            [("10.1.0.2:8080", "10.1.0.2:8080"), ("[fd00::2]:80", "[fd00::2]:80")]
+        {
+            let client = "10.0.0.1:40000".parse().unwrap();
+            let request = connect(&web(), client, destination_.parse().unwrap());
+            assert_eq!(request.method(), Method::CONNECT);
+            assert_eq!(request.uri().authority().unwrap().as_str(), authority);
+            assert_eq!(request.uri().scheme(), None);
+            assert_eq!(request.headers()["forwarded"], "for=\"10.0.0.1:40000\"");
+            assert_eq!(
+                request.headers()["baggage"],
+                "k8s.namespace.name=emojivoto,k8s.pod.name=web-1"
+            );
+            assert_eq!(request.headers()["traceparent"].len(), 55);
+            assert_eq!(destination(&request).unwrap(), destination_.parse().unwrap());
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_connect_to_an_address_and_port_is_refused() {
+        let request = |method: Method, uri: &str| {
+            Request::builder().method(method).uri(uri).body(()).unwrap()
+        };
+        assert!(destination(&request(Method::GET, "http://10.0.0.1:80/")).is_err());
+        for uri in ["web.ns.svc:80", "10.0.0.1", "host:80"] {
+            let refusal = destination(&request(Method::CONNECT, uri)).unwrap_err();
+            assert_eq!(refusal.status, StatusCode::BAD_REQUEST);
+            assert_eq!(refusal.reason, Reason::BadRequest);
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! The TCP proxy: one single-threaded worker per core, a connection on one worker for life.
+//!
+//! `outbound` and `inbound` read as the life of one connection, in the order in which it happens.
+//! Nothing here is shared between workers but the mesh's snapshot, certificates and counters.
+
+mod accept;
+mod handshakes;
+mod hbone;
+mod inbound;
+mod outbound;
+mod pool;
+mod record;
+mod relay;
+mod tunnel;
+mod worker;
+
+use std::net::SocketAddr;
+
+pub use worker::{Shared, Workers};
+
+/// The address in the form that discovery has: a socket for both families gives IPv4 ones mapped.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    match address {
+        SocketAddr::V4(_) => address,
+        SocketAddr::V6(v6) => match v6.ip().to_ipv4_mapped() {
+            Some(v4) => SocketAddr::new(v4.into(), v6.port()),
+            None => address,
+        },
+    }
+}

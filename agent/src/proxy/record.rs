@@ -1,0 +1,114 @@
+//! What is remembered of one connection: its metrics and, at its end, its line in the access log.
+
+use std::{
+    cell::Cell,
+    net::SocketAddr,
+    sync::Arc,
+    time::Instant,
+};
+
+use malla_common::Reason;
+
+use super::worker::Worker;
+use crate::{
+    model::Workload,
+    telemetry::{
+        AccessRecord, ConnectionLabels, ConnectionMetrics, Direction, Failure, Party, Peer,
+        Security,
+    },
+};
+
+/// A connection from when its ends are known.
+pub(super) struct Record {
+    labels: ConnectionLabels,
+    metrics: ConnectionMetrics,
+    client: SocketAddr,
+    /// The address that was dialled.
+    destination: SocketAddr,
+    /// The authority of the CONNECT.
+    tunnelled: Option<SocketAddr>,
+    began: Instant,
+    from_client: Cell<u64>,
+    from_server: Cell<u64>,
+}
+
+/// The ends of a connection.
+pub(super) struct Ends {
+    pub client: SocketAddr,
+    pub destination: SocketAddr,
+    pub tunnelled: Option<SocketAddr>,
+}
+
+impl Record {
+    pub(super) fn open(worker: &Worker, labels: ConnectionLabels, ends: Ends) -> Self {
+        let metrics = worker.series.borrow_mut().open(&labels);
+        Self {
+            labels,
+            metrics,
+            client: ends.client,
+            destination: ends.destination,
+            tunnelled: ends.tunnelled,
+            began: Instant::now(),
+            from_client: Cell::new(0),
+            from_server: Cell::new(0),
+        }
+    }
+
+    pub(super) fn dialled(&self) {
+        self.metrics.dialled();
+    }
+
+    /// Bytes that went from the client towards the server.
+    pub(super) fn client_sent(&self, bytes: usize) {
+        let bytes = bytes as u64;
+        self.from_client.set(self.from_client.get() + bytes);
+        self.metrics.read(Peer::Src, bytes);
+        self.metrics.wrote(Peer::Dst, bytes);
+    }
+
+    /// Bytes that went from the server towards the client.
+    pub(super) fn server_sent(&self, bytes: usize) {
+        let bytes = bytes as u64;
+        self.from_server.set(self.from_server.get() + bytes);
+        self.metrics.read(Peer::Dst, bytes);
+        self.metrics.wrote(Peer::Src, bytes);
+    }
+
+    /// Ends the record: in good order, or for a reason.
+    pub(super) fn close(self, result: Result<(), impl Into<Failure>>) {
+        let failure: Option<Failure> = result.err().map(Into::into);
+        self.log(failure.map(|failure| failure.reason));
+        match failure {
+            None => self.metrics.close(),
+            Some(failure) => self.metrics.fail(failure),
+        }
+    }
+
+    fn log(&self, error: Option<Reason>) {
+        let reporter: &Arc<Workload> = &self.labels.reporter;
+        let remote = self.labels.remote.as_deref();
+        let proved = match &self.labels.security {
+            Security::MutualTls(identity) | Security::InMemory(identity) => Some(&**identity),
+            Security::None(_) => None,
+        };
+        let own = proved.map(|_| &reporter.identity);
+        let source = (Some(&**reporter), own);
+        let peer = (remote, proved);
+        let (src, dst, sent, received) = match self.labels.direction {
+            Direction::Outbound => (source, peer, &self.from_client, &self.from_server),
+            Direction::Inbound => (peer, source, &self.from_server, &self.from_client),
+        };
+        AccessRecord {
+            direction: self.labels.direction,
+            src: Party { address: self.client, workload: src.0, identity: src.1 },
+            dst: Party { address: self.destination, workload: dst.0, identity: dst.1 },
+            hbone_address: self.tunnelled,
+            service: None,
+            bytes_sent: sent.get(),
+            bytes_received: received.get(),
+            duration: self.began.elapsed(),
+            error,
+        }
+        .write();
+    }
+}

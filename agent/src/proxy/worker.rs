@@ -1,0 +1,299 @@
+//! The workers: threads that each run one `current_thread` runtime and own their connections.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use malla_common::WorkerLoad;
+use nix::time::{ClockId, clock_gettime};
+use tokio::{
+    sync::{mpsc, watch},
+    task::LocalSet,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{accept, handshakes::Handshakes, pool::Pool, relay::Buffers};
+use crate::{
+    identity::Certificates,
+    model::{Mesh, Workload},
+    steer::{Pod, PodListeners, WorkerHandles},
+    telemetry::{Metrics, WorkerMetrics},
+};
+
+/// Commands that wait for a worker.
+const QUEUE: usize = 1024;
+/// How often a worker says how loaded it is, and looks for idle tunnels.
+const LOAD_INTERVAL: Duration = Duration::from_millis(100);
+
+/// What every worker needs, made once.
+#[derive(Clone)]
+pub struct Shared {
+    pub mesh: watch::Receiver<Arc<Mesh>>,
+    pub certificates: Arc<Certificates>,
+    pub metrics: Arc<Metrics>,
+}
+
+/// The running workers. Dropping them ends their threads and with them every connection.
+pub struct Workers {
+    commands: Vec<mpsc::Sender<Command>>,
+    threads: Vec<thread::JoinHandle<()>>,
+    live: Arc<AtomicU32>,
+}
+
+enum Command {
+    Add { pod: Arc<Pod>, workload: Arc<Workload>, listeners: PodListeners },
+    Update { workload: Arc<Workload> },
+    Remove { pod: u32 },
+    StopAccepting,
+}
+
+impl Workers {
+    pub fn start(
+        shared: &Shared,
+        handles: impl IntoIterator<Item = WorkerHandles>,
+    ) -> anyhow::Result<Self> {
+        let live = Arc::new(AtomicU32::new(0));
+        let mut workers = Self { commands: Vec::new(), threads: Vec::new(), live };
+        for (index, handles) in handles.into_iter().enumerate() {
+            let (sender, receiver) = mpsc::channel(QUEUE);
+            let (shared, live) = (shared.clone(), Arc::clone(&workers.live));
+            let thread = thread::Builder::new()
+                .name(format!("worker-{index}"))
+                .spawn(move || run(index, shared, handles, live, receiver))
+                .context("can't start a worker thread")?;
+            workers.commands.push(sender);
+            workers.threads.push(thread);
+        }
+        Ok(workers)
+    }
+
+    /// Serves a pod: worker N takes the Nth set of listeners.
+    pub async fn add(&self, pod: &Arc<Pod>, workload: &Arc<Workload>, listeners: Vec<PodListeners>) {
+        for (worker, listeners) in self.commands.iter().zip(listeners) {
+            let (pod, workload) = (Arc::clone(pod), Arc::clone(workload));
+            let _ = worker.send(Command::Add { pod, workload, listeners }).await;
+        }
+    }
+
+    /// Puts a workload's changed settings in force for its next connections.
+    pub async fn update(&self, workload: &Arc<Workload>) {
+        for worker in &self.commands {
+            let _ = worker.send(Command::Update { workload: Arc::clone(workload) }).await;
+        }
+    }
+
+    /// Ends a pod's listeners, tunnels and connections.
+    pub async fn remove(&self, pod: &Pod) {
+        for worker in &self.commands {
+            let _ = worker.send(Command::Remove { pod: pod.id }).await;
+        }
+    }
+
+    /// Closes all listeners; what is connected goes on.
+    pub async fn stop_accepting(&self) {
+        for worker in &self.commands {
+            let _ = worker.send(Command::StopAccepting).await;
+        }
+    }
+
+    /// Connections that live, over all workers.
+    pub fn live_connections(&self) -> u32 {
+        self.live.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.commands.clear();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// One worker's world. Single-threaded: cells, no locks.
+pub(super) struct Worker {
+    shared: Shared,
+    mesh: RefCell<Arc<Mesh>>,
+    pub(super) handles: RefCell<WorkerHandles>,
+    pub(super) series: RefCell<WorkerMetrics>,
+    pub(super) buffers: Buffers,
+    pub(super) pool: Pool,
+    pub(super) handshakes: Handshakes,
+    pods: RefCell<HashMap<u32, Rc<PodContext>>>,
+    connections: Cell<u32>,
+    live: Arc<AtomicU32>,
+}
+
+/// A pod as one worker serves it.
+pub(super) struct PodContext {
+    pub(super) pod: Arc<Pod>,
+    workload: RefCell<Arc<Workload>>,
+    /// Ends the listeners.
+    pub(super) accepting: CancellationToken,
+    /// Ends the connections and tunnels.
+    pub(super) enrolled: CancellationToken,
+}
+
+impl PodContext {
+    /// The workload with the settings that are in force now.
+    pub(super) fn workload(&self) -> Arc<Workload> {
+        Arc::clone(&self.workload.borrow())
+    }
+}
+
+/// A connection that is counted as this worker's load while it lives.
+pub(super) struct Live {
+    worker: Rc<Worker>,
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.worker.connections.set(self.worker.connections.get() - 1);
+        self.worker.live.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Worker {
+    /// The mesh as discovery last told it.
+    pub(super) fn mesh(&self) -> Arc<Mesh> {
+        Arc::clone(&self.mesh.borrow())
+    }
+
+    pub(super) fn certificates(&self) -> &Certificates {
+        &self.shared.certificates
+    }
+
+    pub(super) fn metrics(&self) -> &Metrics {
+        &self.shared.metrics
+    }
+
+    pub(super) fn count_live(self: &Rc<Self>) -> Live {
+        self.connections.set(self.connections.get() + 1);
+        self.live.fetch_add(1, Ordering::Relaxed);
+        Live { worker: Rc::clone(self) }
+    }
+
+    fn obey(self: &Rc<Self>, command: Command) {
+        match command {
+            Command::Add { pod, workload, listeners } => {
+                let id = pod.id;
+                let context = Rc::new(PodContext {
+                    pod,
+                    workload: RefCell::new(workload),
+                    accepting: CancellationToken::new(),
+                    enrolled: CancellationToken::new(),
+                });
+                accept::serve(self, &context, listeners);
+                if let Some(old) = self.pods.borrow_mut().insert(id, context) {
+                    old.accepting.cancel();
+                }
+            }
+            Command::Update { workload } => {
+                for pod in self.pods.borrow().values() {
+                    if pod.workload.borrow().id == workload.id {
+                        *pod.workload.borrow_mut() = Arc::clone(&workload);
+                    }
+                }
+            }
+            Command::Remove { pod } => {
+                if let Some(context) = self.pods.borrow_mut().remove(&pod) {
+                    context.accepting.cancel();
+                    context.enrolled.cancel();
+                }
+                self.pool.remove_pod(pod);
+            }
+            Command::StopAccepting => {
+                for pod in self.pods.borrow().values() {
+                    pod.accepting.cancel();
+                }
+            }
+        }
+    }
+}
+
+fn run(
+    index: usize,
+    shared: Shared,
+    handles: WorkerHandles,
+    live: Arc<AtomicU32>,
+    mut commands: mpsc::Receiver<Command>,
+) {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            tracing::error!(worker = index, %error, "a worker can't start its runtime");
+            return;
+        }
+    };
+    let mesh = Arc::clone(&shared.mesh.borrow());
+    let worker = Rc::new(Worker {
+        mesh: RefCell::new(mesh),
+        handles: RefCell::new(handles),
+        series: RefCell::new(shared.metrics.worker()),
+        buffers: Buffers::default(),
+        pool: Pool::default(),
+        handshakes: Handshakes::default(),
+        pods: RefCell::default(),
+        connections: Cell::new(0),
+        live,
+        shared,
+    });
+    let tasks = LocalSet::new();
+    tasks.spawn_local(follow_mesh(Rc::clone(&worker)));
+    tasks.spawn_local(tell_load(Rc::clone(&worker), index));
+    tasks.block_on(&runtime, async {
+        while let Some(command) = commands.recv().await {
+            worker.obey(command);
+        }
+    });
+}
+
+async fn follow_mesh(worker: Rc<Worker>) {
+    let mut mesh = worker.shared.mesh.clone();
+    while mesh.changed().await.is_ok() {
+        *worker.mesh.borrow_mut() = Arc::clone(&mesh.borrow_and_update());
+        worker.series.borrow_mut().forget();
+    }
+}
+
+/// Tells the kernel how loaded this worker is, for the choice of the next connection's worker.
+async fn tell_load(worker: Rc<Worker>, index: usize) {
+    let mut told = WorkerLoad::default();
+    let mut before = (Instant::now(), thread_time());
+    let mut ticks = tokio::time::interval(LOAD_INTERVAL);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        worker.pool.sweep();
+        let now = (Instant::now(), thread_time());
+        let wall = (now.0 - before.0).as_micros().max(1);
+        let busy = now.1.saturating_sub(before.1).as_micros() * 100 / wall;
+        before = now;
+        // Steps of ten, so that an idle worker writes nothing.
+        let busy_percent = u32::try_from(busy.min(100)).unwrap_or(100) / 10 * 10;
+        let load = WorkerLoad { connections: worker.connections.get(), busy_percent };
+        if load != told {
+            let mut handles = worker.handles.borrow_mut();
+            // At most `MAX_WORKERS`.
+            let slot = u32::try_from(index).unwrap_or(0);
+            if handles.loads.set(slot, load, 0).is_ok() {
+                told = load;
+            }
+        }
+    }
+}
+
+/// Processor time that this thread has used.
+fn thread_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
+}

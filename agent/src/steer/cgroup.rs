@@ -1,0 +1,100 @@
+//! The agent's own cgroup, by which the eBPF programs know its packets.
+
+use std::{
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+/// Why the agent can't have a cgroup of its own.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    #[error(
+        "{path} is not on a cgroup v2 file system: mount cgroup2, and set the node's `cgroup` to a \
+         folder of it"
+    )]
+    NotCgroup2 { path: PathBuf },
+    #[error(
+        "{path} is the root of the cgroup hierarchy, which every process may be in: set the \
+         node's `cgroup` to a folder below it"
+    )]
+    Root { path: PathBuf },
+    #[error("can't {what} {path}: {source}")]
+    Io {
+        what: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+}
+
+/// Id of a cgroup v2: its inode (kernel 5.5 and later).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CgroupId(pub u64);
+
+/// Moves this process into a new child of `parent`, before it makes any socket: a socket keeps
+/// the cgroup that it was made in.
+pub fn enter_child_of(parent: &Path) -> Result<CgroupId, CgroupError> {
+    let io = |what, path: &Path| {
+        let path = path.to_owned();
+        move |source| CgroupError::Io { what, path, source }
+    };
+    let kind = nix::sys::statfs::statfs(parent)
+        .map_err(|errno| io("open the node's cgroup", parent)(errno.into()))?;
+    if kind.filesystem_type() != nix::sys::statfs::CGROUP2_SUPER_MAGIC {
+        return Err(CgroupError::NotCgroup2 {
+            path: parent.to_owned(),
+        });
+    }
+    // Only the root of the hierarchy has no cgroup.type.
+    if !parent.join("cgroup.type").exists() {
+        return Err(CgroupError::Root {
+            path: parent.to_owned(),
+        });
+    }
+    remove_empty_children(parent);
+    let child = parent.join(format!("malla-agent-{}", std::process::id()));
+    match fs::create_dir(&child) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(io("make the agent's cgroup", &child)(error));
+        }
+        _ => {}
+    }
+    let procs = child.join("cgroup.procs");
+    fs::write(&procs, "0").map_err(io("move the agent into", &procs))?;
+    let inode = fs::metadata(&child).map_err(io("read", &child))?.ino();
+    Ok(CgroupId(inode))
+}
+
+/// Cgroups of agents that are gone. One that lives isn't empty, and stays.
+fn remove_empty_children(parent: &Path) {
+    let Ok(entries) = fs::read_dir(parent) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        if entry
+            .file_name()
+            .to_string_lossy()
+            .starts_with("malla-agent-")
+        {
+            let _ = fs::remove_dir(entry.path());
+        }
+    }
+}
+
+/// Ids of the cgroups of all agents of the node, this one's included.
+pub fn living_agents(parent: &Path) -> Vec<u64> {
+    let Ok(entries) = fs::read_dir(parent) else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter(|entry| {
+            entry
+                .file_name()
+                .to_string_lossy()
+                .starts_with("malla-agent-")
+        })
+        .filter_map(|entry| entry.metadata().ok())
+        .map(|metadata| metadata.ino())
+        .collect()
+}

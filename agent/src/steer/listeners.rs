@@ -1,0 +1,180 @@
+//! The agent's listening sockets in a pod's netns.
+
+use std::{
+    fs, io,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    ops::RangeInclusive,
+    os::fd::AsRawFd,
+    time::Duration,
+};
+
+use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+
+use crate::model::{PortRange, ports};
+
+/// Connections that wait for `accept`, bounded by the netns's `net.core.somaxconn`.
+const BACKLOG: i32 = 4096;
+
+/// Keepalive and user time-out of every leg: a peer that is gone is noticed within 30 s.
+const KEEPALIVE_TIME: Duration = Duration::from_secs(10);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_RETRIES: u32 = 3;
+const USER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The listeners of one pod for one worker.
+#[derive(Debug)]
+pub struct PodListeners {
+    pub outbound: TcpListener,
+    pub inbound: TcpListener,
+    pub mesh: TcpListener,
+}
+
+/// Ports that a pod's listeners are bound to. Only the mesh port is ever dialled; the kernel finds
+/// the others by the map, so any port that the app doesn't want will do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ListenerPorts {
+    pub outbound: u16,
+    pub inbound: u16,
+}
+
+impl ListenerPorts {
+    /// Whether `port` of the pod is one of the agent's own listeners.
+    pub fn contains(self, port: u16) -> bool {
+        port == self.outbound || port == self.inbound || port == ports::MESH
+    }
+}
+
+/// The highest two ports outside the pod's ephemeral range, its declared ports and the agent's
+/// dial range.
+pub fn choose_ports(
+    ephemeral: &RangeInclusive<u16>,
+    declared: &[u16],
+    dial: PortRange,
+) -> Option<ListenerPorts> {
+    let mut free = (1024..=u16::MAX).rev().filter(|port| {
+        *port != ports::MESH
+            && !ephemeral.contains(port)
+            && !declared.contains(port)
+            && !dial.contains(*port)
+    });
+    Some(ListenerPorts {
+        outbound: free.next()?,
+        inbound: free.next()?,
+    })
+}
+
+/// `net.ipv4.ip_local_port_range` of the calling thread's netns.
+pub fn ephemeral_ports() -> RangeInclusive<u16> {
+    const DEFAULT: RangeInclusive<u16> = 32768..=60999;
+    let Ok(text) = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range") else {
+        return DEFAULT;
+    };
+    let mut numbers = text.split_whitespace().map(str::parse::<u16>);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(first)), Some(Ok(last))) => first..=last,
+        _ => DEFAULT,
+    }
+}
+
+/// Makes one worker's listeners in the calling thread's netns.
+pub fn bind(ports_: ListenerPorts) -> io::Result<PodListeners> {
+    Ok(PodListeners {
+        outbound: listener(ports_.outbound)?,
+        inbound: listener(ports_.inbound)?,
+        mesh: listener(ports::MESH)?,
+    })
+}
+
+/// A listener for both families, that takes connections to any address.
+///
+/// What it sets is inherited by the sockets that it accepts, so accepting one costs no further
+/// call: their end is a RST until an orderly close takes the linger off, so that the peers of a
+/// killed agent see a reset and not a clean end.
+fn listener(port: u16) -> io::Result<TcpListener> {
+    let (socket, address): (Socket, SocketAddr) =
+        match Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)) {
+            Ok(socket) => {
+                socket.set_only_v6(false)?;
+                set_option(&socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT, 1)?;
+                (socket, (Ipv6Addr::UNSPECIFIED, port).into())
+            }
+            // A kernel without IPv6.
+            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+                let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+                (socket, (Ipv4Addr::UNSPECIFIED, port).into())
+            }
+            Err(error) => return Err(error),
+        };
+    set_option(&socket, libc::SOL_IP, libc::IP_TRANSPARENT, 1)?;
+    socket.set_reuse_address(true)?;
+    // One socket for each worker on the same port; the map chooses among them.
+    socket.set_reuse_port(true)?;
+    socket.set_nonblocking(true)?;
+    relay_options(&socket)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// What every relayed leg has: no delay, a peer's death noticed, and a reset as its end unless an
+/// orderly close takes that off.
+pub fn relay_options(socket: &Socket) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_keepalive(
+        &TcpKeepalive::new()
+            .with_time(KEEPALIVE_TIME)
+            .with_interval(KEEPALIVE_INTERVAL)
+            .with_retries(KEEPALIVE_RETRIES),
+    )?;
+    socket.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
+    socket.set_linger(Some(Duration::ZERO))
+}
+
+/// Sets an integer option that socket2 has no method for.
+pub fn set_option(socket: &Socket, level: i32, name: i32, value: i32) -> io::Result<()> {
+    // SAFETY: the value lives across the call and has the length that is passed.
+    let answer = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            (&raw const value).cast(),
+            size_of::<i32>() as libc::socklen_t,
+        )
+    };
+    if answer == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn listeners_keep_clear_of_the_pods_ports() {
+        let dial = PortRange {
+            first: 10_000,
+            last: 32_000,
+        };
+        let chosen = choose_ports(&(32768..=60999), &[65535], dial).unwrap();
+        assert_eq!(
+            chosen,
+            ListenerPorts {
+                outbound: 65534,
+                inbound: 65533
+            }
+        );
+        let chosen = choose_ports(&(32768..=65535), &[], dial).unwrap();
+        assert_eq!(
+            chosen,
+            ListenerPorts {
+                outbound: 32767,
+                inbound: 32766
+            }
+        );
+        assert!(choose_ports(&(1024..=65535), &[], dial).is_none());
+    }
+}

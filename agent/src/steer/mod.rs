@@ -1,0 +1,164 @@
+//! Steering: the eBPF programs, the pods' network namespaces, the agent's sockets in them.
+//!
+//! Knows workloads and their settings, nothing of TLS or of any protocol above TCP. What outlives
+//! the agent on purpose (links, maps, rules, routes) goes only by [`Enrolment::withdraw`].
+
+mod cgroup;
+mod dial;
+mod ebpf_log;
+mod listeners;
+mod netns;
+mod network;
+mod pod;
+mod preflight;
+mod programs;
+mod rules;
+
+use std::{
+    collections::HashMap,
+    fs,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use aya::maps::{Array, HashMap as BpfHashMap, MapData};
+use malla_common::{Counter, Flow, WorkerLoad};
+
+pub use dial::{DialError, OwnDial, end_orderly, to_app, to_network};
+pub use listeners::{ListenerPorts, PodListeners};
+pub use netns::Netns;
+pub use pod::{EnrolError, Enrolment, Pod};
+pub use programs::ProgramsError;
+
+use self::{netns::NetnsId, programs::Programs};
+use crate::model::{Node, WorkloadId};
+
+/// Why a node can't be steered.
+#[derive(Debug, thiserror::Error)]
+pub enum SteeringError {
+    #[error(transparent)]
+    Missing(#[from] preflight::Missing),
+    #[error(transparent)]
+    Cgroup(#[from] cgroup::CgroupError),
+    #[error(transparent)]
+    Programs(#[from] ProgramsError),
+    #[error("can't open the agent's own network namespace: {0}")]
+    Home(std::io::Error),
+}
+
+/// The data path of one node.
+pub struct Steering {
+    programs: Arc<Mutex<Programs>>,
+    home: Arc<Netns>,
+    /// Folder of the pods' pinned links.
+    links: PathBuf,
+    workers: u16,
+    netns_owners: HashMap<NetnsId, WorkloadId>,
+    _log: Option<ebpf_log::Reader>,
+}
+
+/// What a worker needs of the data path.
+pub struct WorkerHandles {
+    pub own_dial: OwnDial,
+    pub scopes: BpfHashMap<MapData, Flow, u32>,
+    pub loads: Array<MapData, WorkerLoad>,
+}
+
+/// How much the programs tell of each decision.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, clap::ValueEnum)]
+pub enum EbpfLog {
+    #[default]
+    Off,
+    Info,
+    Debug,
+}
+
+impl Steering {
+    /// Checks the machine, moves this process into its own cgroup and loads the programs. To be
+    /// called before any socket is made, from a tokio runtime.
+    pub fn start(node: &Node, workers: u16, log: EbpfLog) -> Result<Self, SteeringError> {
+        preflight::check(&node.bpffs)?;
+        let cgroup = cgroup::enter_child_of(&node.cgroup)?;
+        let home = Netns::current().map_err(SteeringError::Home)?;
+        let mut programs = Programs::load(&node.bpffs, ebpf_log::level(log))?;
+        let map = |name| move |source| ProgramsError::Map { name, source };
+        let maps = programs.maps();
+        let living = cgroup::living_agents(&node.cgroup);
+        let known: Vec<u64> = maps.agents.keys().flatten().collect();
+        for gone in known.iter().filter(|id| !living.contains(id)) {
+            maps.agents.remove(gone).map_err(map("AGENTS"))?;
+        }
+        maps.agents.insert(cgroup.0, 1, 0).map_err(map("AGENTS"))?;
+        maps.workers
+            .set(0, u32::from(workers), 0)
+            .map_err(map("WORKERS"))?;
+        let reader = ebpf_log::Reader::start(&mut programs, log);
+        let links = node.bpffs.join("links");
+        programs::make_folder(&links)?;
+        Ok(Self {
+            programs: Arc::new(Mutex::new(programs)),
+            home: Arc::new(home),
+            links,
+            workers,
+            netns_owners: HashMap::new(),
+            _log: reader,
+        })
+    }
+
+    /// The agent's own network namespace.
+    pub fn home(&self) -> &Arc<Netns> {
+        &self.home
+    }
+
+    pub fn worker_handles(&self) -> Result<WorkerHandles, ProgramsError> {
+        let programs = lock(&self.programs);
+        Ok(WorkerHandles {
+            own_dial: programs.own_dial()?,
+            scopes: programs.scopes()?,
+            loads: programs.worker_loads()?,
+        })
+    }
+
+    /// Reads the programs' counters, summed over CPUs; zeros are left out.
+    pub fn counters(
+        &self,
+    ) -> Result<impl Fn() -> Vec<(Counter, u64)> + Send + Sync + use<>, ProgramsError> {
+        let counters = lock(&self.programs).counters()?;
+        Ok(move || {
+            Counter::all()
+                .filter_map(|counter| {
+                    let values = counters.get(&counter.slot(), 0).ok()?;
+                    let sum: u64 = values.iter().sum();
+                    (sum > 0).then_some((counter, sum))
+                })
+                .collect()
+        })
+    }
+
+    /// Detaches what an earlier agent left attached for workloads that `keep` doesn't hold.
+    pub fn remove_leftovers(&self, keep: impl Fn(&WorkloadId) -> bool) {
+        let Ok(namespaces) = fs::read_dir(&self.links) else {
+            return;
+        };
+        for namespace in namespaces.flatten() {
+            let Ok(names) = fs::read_dir(namespace.path()) else {
+                continue;
+            };
+            for name in names.flatten() {
+                let id = WorkloadId {
+                    namespace: pod::name_of_pin(&namespace.file_name()),
+                    name: pod::name_of_pin(&name.file_name()),
+                };
+                if !keep(&id) {
+                    tracing::info!(workload = %id, "removing the links of a workload that is gone");
+                    let _ = fs::remove_dir_all(name.path());
+                }
+            }
+        }
+    }
+}
+
+/// The programs' state is consistent between any two calls, so a panic elsewhere doesn't spoil it.
+fn lock(programs: &Mutex<Programs>) -> MutexGuard<'_, Programs> {
+    programs.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,126 @@
+//! Network namespaces: entering one, and which one it is.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd},
+        unix::fs::{MetadataExt, OpenOptionsExt},
+    },
+    path::Path,
+};
+
+use nix::sched::{CloneFlags, setns};
+
+/// Device and inode of a namespace: what tells it from every other one that lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct NetnsId {
+    device: u64,
+    pub inode: u64,
+}
+
+/// An open network namespace.
+#[derive(Debug)]
+pub struct Netns {
+    file: File,
+    id: NetnsId,
+}
+
+impl Netns {
+    /// The calling thread's own.
+    pub fn current() -> io::Result<Self> {
+        Self::from_file(File::open("/proc/thread-self/ns/net")?)
+    }
+
+    /// The one at `path`, which must be a network namespace (a bind mount or `/proc/PID/ns/net`).
+    pub fn open(path: &Path) -> io::Result<Self> {
+        // A file that isn't one could be a FIFO, which would block the open.
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+            .open(path)?;
+        if namespace_type(&file)? != CloneFlags::CLONE_NEWNET {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "not a network namespace",
+            ));
+        }
+        Self::from_file(file)
+    }
+
+    fn from_file(file: File) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        let id = NetnsId {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        };
+        Ok(Self { file, id })
+    }
+
+    pub fn id(&self) -> NetnsId {
+        self.id
+    }
+
+    /// Runs `job` with the calling thread in this namespace, and takes the thread back home.
+    ///
+    /// `job` must not wait for anything: a thread of the runtime is in the wrong namespace
+    /// meanwhile. Sockets that it makes belong to this namespace for good.
+    ///
+    /// # Panics
+    /// Aborts the process when the thread can't go back: whatever it opened next would carry
+    /// another pod's identity.
+    pub fn enter<T>(&self, home: &Netns, job: impl FnOnce() -> T) -> io::Result<T> {
+        struct Return<'a>(&'a Netns);
+        impl Drop for Return<'_> {
+            fn drop(&mut self) {
+                if let Err(error) = setns(&self.0.file, CloneFlags::CLONE_NEWNET) {
+                    tracing::error!(%error, "a thread can't leave a pod's network namespace");
+                    std::process::abort();
+                }
+            }
+        }
+        setns(&self.file, CloneFlags::CLONE_NEWNET)?;
+        let _return = Return(home);
+        Ok(job())
+    }
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// The kind of namespace that `file` is; an error where it is none (ioctl_ns(2), Linux 4.11).
+fn namespace_type(file: &File) -> io::Result<CloneFlags> {
+    const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
+    // SAFETY: the request takes no argument and only answers a number.
+    let answer = unsafe { libc::ioctl(file.as_raw_fd(), NS_GET_NSTYPE) };
+    if answer < 0 {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "not a network namespace",
+        ));
+    }
+    Ok(CloneFlags::from_bits_truncate(answer))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_network_namespaces_open() {
+        assert!(Netns::open(Path::new("/proc/self/ns/net")).is_ok());
+        for path in ["/proc/self/ns/mnt", "/etc/hostname", "/", "/no/such/file"] {
+            assert!(Netns::open(Path::new(path)).is_err(), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_namespace_is_known_by_its_inode() {
+        let current = Netns::current().unwrap();
+        let same = Netns::open(Path::new("/proc/self/ns/net")).unwrap();
+        assert_eq!(current.id(), same.id());
+    }
+}

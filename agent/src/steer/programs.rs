@@ -1,0 +1,312 @@
+//! The eBPF programs and maps of one node: loading, pinning, attaching.
+
+use std::{
+    fs, io,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{
+        Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, SockHash, lpm_trie::Key,
+        lpm_trie::LpmTrie,
+    },
+    programs::{
+        ProgramError, SchedClassifier, SkLookup, TcAttachType,
+        links::{FdLink, PinnedLink},
+        tc,
+    },
+};
+use malla_common::{Address, Flow, ListenerKey, NetRule, PodEntry, PortRule, WorkerLoad};
+
+use super::{dial::OwnDial, netns::Netns};
+
+/// The object that `cargo xtask build-ebpf` made.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/malla-ebpf"));
+
+/// Layout of the pinned maps. An agent with another layout starts with maps of its own.
+const LAYOUT: &str = "v1";
+
+const PROGRAMS: [&str; 5] = ["egress", "egress_l3", "ingress", "ingress_l3", "loopback"];
+
+const MAPS: [&str; 12] = [
+    "AGENTS",
+    "PODS",
+    "LISTENERS",
+    "OWN_DIAL",
+    "PORT_RULES",
+    "NET_RULES",
+    "SCOPES",
+    "WORKERS",
+    "WORKER_LOADS",
+    "PAIRS",
+    "COUNTERS",
+    "SOCKETS",
+];
+
+/// What went wrong with programs or maps.
+#[derive(Debug, thiserror::Error)]
+pub enum ProgramsError {
+    #[error("can't load the eBPF programs: {0}")]
+    Load(#[from] aya::EbpfError),
+    #[error("the eBPF object lacks {0}: build it again with `cargo xtask build-ebpf`")]
+    Absent(&'static str),
+    #[error("the kernel refuses the eBPF program {name}: {source}")]
+    Verify {
+        name: &'static str,
+        source: ProgramError,
+    },
+    #[error("can't use the map {name}: {source}")]
+    Map {
+        name: &'static str,
+        source: MapError,
+    },
+    #[error("can't attach {hook} to {interface}: {source}")]
+    Attach {
+        hook: &'static str,
+        interface: String,
+        source: ProgramError,
+    },
+    #[error("can't pin {path}: {source}")]
+    Pin { path: PathBuf, source: io::Error },
+}
+
+/// Where a program is attached to an interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hook {
+    Egress { ethernet: bool },
+    Ingress { ethernet: bool },
+    Loopback,
+}
+
+impl Hook {
+    fn program(self) -> &'static str {
+        match self {
+            Self::Egress { ethernet: true } => "egress",
+            Self::Egress { ethernet: false } => "egress_l3",
+            Self::Ingress { ethernet: true } => "ingress",
+            Self::Ingress { ethernet: false } => "ingress_l3",
+            Self::Loopback => "loopback",
+        }
+    }
+
+    fn attach_type(self) -> TcAttachType {
+        match self {
+            Self::Egress { .. } => TcAttachType::Egress,
+            Self::Ingress { .. } | Self::Loopback => TcAttachType::Ingress,
+        }
+    }
+}
+
+/// The loaded programs and the maps that the control side writes.
+pub struct Programs {
+    ebpf: Ebpf,
+    maps: Maps,
+}
+
+pub struct Maps {
+    pub agents: BpfHashMap<MapData, u64, u32>,
+    pub pods: BpfHashMap<MapData, Address, PodEntry>,
+    pub listeners: SockHash<MapData, ListenerKey>,
+    pub port_rules: LpmTrie<MapData, PortRule, u32>,
+    pub net_rules: LpmTrie<MapData, NetRule, u32>,
+    pub workers: Array<MapData, u32>,
+}
+
+impl Programs {
+    /// Loads what the agent was built with. Maps pinned in `bpffs` by an earlier agent are taken
+    /// over with their content.
+    pub fn load(bpffs: &Path, log_level: u8) -> Result<Self, ProgramsError> {
+        let maps_folder = bpffs.join("maps").join(LAYOUT);
+        make_folder(&maps_folder)?;
+        let mut loader = EbpfLoader::new();
+        loader.override_global(aya_log::LEVEL, &log_level, true);
+        for name in MAPS {
+            loader.map_pin_path(name, maps_folder.join(name));
+        }
+        let mut ebpf = loader.load(OBJECT)?;
+        for name in PROGRAMS {
+            classifier(&mut ebpf, name)?
+                .load()
+                .map_err(|source| ProgramsError::Verify { name, source })?;
+        }
+        sk_lookup(&mut ebpf)?
+            .load()
+            .map_err(|source| ProgramsError::Verify {
+                name: "lookup",
+                source,
+            })?;
+        let maps = Maps {
+            agents: map(&mut ebpf, "AGENTS")?,
+            pods: map(&mut ebpf, "PODS")?,
+            listeners: map(&mut ebpf, "LISTENERS")?,
+            port_rules: map(&mut ebpf, "PORT_RULES")?,
+            net_rules: map(&mut ebpf, "NET_RULES")?,
+            workers: map(&mut ebpf, "WORKERS")?,
+        };
+        Ok(Self { ebpf, maps })
+    }
+
+    pub fn maps(&mut self) -> &mut Maps {
+        &mut self.maps
+    }
+
+    /// The programs themselves, for the reader of their log.
+    pub fn ebpf(&mut self) -> &mut Ebpf {
+        &mut self.ebpf
+    }
+
+    /// A handle for one worker.
+    pub fn own_dial(&self) -> Result<OwnDial, ProgramsError> {
+        Ok(OwnDial::new(
+            self.shared::<BpfHashMap<MapData, Flow, u32>>("OWN_DIAL")?,
+        ))
+    }
+
+    pub fn scopes(&self) -> Result<BpfHashMap<MapData, Flow, u32>, ProgramsError> {
+        self.shared("SCOPES")
+    }
+
+    pub fn worker_loads(&self) -> Result<Array<MapData, WorkerLoad>, ProgramsError> {
+        self.shared("WORKER_LOADS")
+    }
+
+    pub fn counters(&self) -> Result<PerCpuArray<MapData, u64>, ProgramsError> {
+        self.shared("COUNTERS")
+    }
+
+    /// A second handle on a map that stays with the programs.
+    fn shared<T>(&self, name: &'static str) -> Result<T, ProgramsError>
+    where
+        T: TryFrom<Map, Error = MapError>,
+    {
+        let error = |source| ProgramsError::Map { name, source };
+        let map = self.ebpf.map(name).ok_or(ProgramsError::Absent(name))?;
+        let (Map::HashMap(data)
+        | Map::LruHashMap(data)
+        | Map::Array(data)
+        | Map::PerCpuArray(data)) = map
+        else {
+            return Err(ProgramsError::Absent(name));
+        };
+        let fd = data
+            .fd()
+            .as_fd()
+            .try_clone_to_owned()
+            .map_err(|source| ProgramsError::Pin {
+                path: PathBuf::from(name),
+                source,
+            })?;
+        let data = MapData::from_fd(fd).map_err(error)?;
+        let map = match map {
+            Map::HashMap(_) => Map::HashMap(data),
+            Map::LruHashMap(_) => Map::LruHashMap(data),
+            Map::Array(_) => Map::Array(data),
+            _ => Map::PerCpuArray(data),
+        };
+        map.try_into().map_err(error)
+    }
+
+    /// Attaches `hook` to an interface of the calling thread's netns and pins the link in `pins`,
+    /// where it outlives the agent. A link of an earlier agent is replaced without a gap.
+    pub fn attach(
+        &mut self,
+        hook: Hook,
+        interface: &str,
+        index: u32,
+        pins: &Path,
+    ) -> Result<(), ProgramsError> {
+        let name = hook.program();
+        let error = |source| ProgramsError::Attach {
+            hook: name,
+            interface: interface.to_owned(),
+            source,
+        };
+        // Before kernel 6.6 programs hang on a qdisc, which may be there already.
+        let _ = tc::qdisc_add_clsact(interface);
+        let program = classifier(&mut self.ebpf, name)?;
+        let id = program
+            .attach(interface, hook.attach_type())
+            .map_err(error)?;
+        let link = program.take_link(id).map_err(error)?;
+        match FdLink::try_from(link) {
+            Ok(link) => pin(link, &pins.join(format!("{index}_{name}"))),
+            // A filter of a qdisc stays by itself, unless the link is dropped.
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Attaches the choice of listeners to a netns and pins the link in `pins`.
+    pub fn attach_lookup(&mut self, netns: &Netns, pins: &Path) -> Result<(), ProgramsError> {
+        let error = |source| ProgramsError::Attach {
+            hook: "lookup",
+            interface: "the netns".to_owned(),
+            source,
+        };
+        let program = sk_lookup(&mut self.ebpf)?;
+        let id = program.attach(netns).map_err(error)?;
+        let link = program.take_link(id).map_err(error)?;
+        pin(link.into(), &pins.join("lookup"))
+    }
+}
+
+/// Pins `link`, in place of what is pinned there. The old link lives until the new one is
+/// attached and its pin is gone, so there is no gap.
+fn pin(link: FdLink, path: &Path) -> Result<(), ProgramsError> {
+    if path.exists() {
+        drop(PinnedLink::from_pin(path).ok());
+        fs::remove_file(path).map_err(|source| ProgramsError::Pin {
+            path: path.to_owned(),
+            source,
+        })?;
+    }
+    link.pin(path)
+        .map(|_| ())
+        .map_err(|error| ProgramsError::Pin {
+            path: path.to_owned(),
+            source: io::Error::other(error),
+        })
+}
+
+pub fn make_folder(path: &Path) -> Result<(), ProgramsError> {
+    fs::create_dir_all(path).map_err(|source| ProgramsError::Pin {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn classifier<'a>(
+    ebpf: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut SchedClassifier, ProgramsError> {
+    ebpf.program_mut(name)
+        .ok_or(ProgramsError::Absent(name))?
+        .try_into()
+        .map_err(|source| ProgramsError::Verify { name, source })
+}
+
+fn sk_lookup(ebpf: &mut Ebpf) -> Result<&mut SkLookup, ProgramsError> {
+    ebpf.program_mut("lookup")
+        .ok_or(ProgramsError::Absent("lookup"))?
+        .try_into()
+        .map_err(|source| ProgramsError::Verify {
+            name: "lookup",
+            source,
+        })
+}
+
+fn map<T>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, ProgramsError>
+where
+    T: TryFrom<Map, Error = MapError>,
+{
+    ebpf.take_map(name)
+        .ok_or(ProgramsError::Absent(name))?
+        .try_into()
+        .map_err(|source| ProgramsError::Map { name, source })
+}
+
+/// A longest-prefix key over the first `bits` bits of `data`.
+pub fn prefix<K: aya::Pod>(bits: u32, data: K) -> Key<K> {
+    Key::new(bits, data)
+}

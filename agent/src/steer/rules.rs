@@ -1,0 +1,196 @@
+//! Opt-outs of a pod, as entries of the longest-prefix maps.
+
+use std::{collections::HashSet, hash::Hash, net::IpAddr};
+
+use aya::maps::MapError;
+use ipnet::IpNet;
+use malla_common::{Address, Direction, NetRule, PodEntry, PortRule, pod_flags};
+
+use super::programs::{Maps, prefix};
+use crate::model::{FailMode, MtlsMode, NestedMode, PortRange, Settings};
+
+/// A prefix of the bits of `T`.
+type Prefix<T> = (u32, T);
+
+/// The entries that one pod has in the maps.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct PodRules {
+    pub flags: u32,
+    ports: HashSet<Prefix<PortRule>>,
+    nets: HashSet<Prefix<NetRule>>,
+}
+
+impl PodRules {
+    pub fn new(pod: u32, settings: &Settings) -> Self {
+        let mut rules = Self {
+            flags: flags(settings),
+            ..Self::default()
+        };
+        for (direction, ports, nets) in [
+            (
+                Direction::Outbound,
+                &settings.skip_outbound_ports,
+                &settings.skip_outbound_subnets,
+            ),
+            (
+                Direction::Inbound,
+                &settings.skip_inbound_ports,
+                &settings.skip_inbound_subnets,
+            ),
+        ] {
+            for (bits, port) in ports.iter().flat_map(|range| port_prefixes(*range)) {
+                let rule = PortRule {
+                    pod,
+                    direction: direction as u16,
+                    port: port.to_be(),
+                };
+                rules.ports.insert((PortRule::FIXED_BITS + bits, rule));
+            }
+            for net in nets {
+                let (bits, peer) = net_prefix(net);
+                let rule = NetRule {
+                    pod,
+                    direction: direction as u32,
+                    peer,
+                };
+                rules.nets.insert((NetRule::FIXED_BITS + bits, rule));
+            }
+        }
+        rules
+    }
+
+    /// Brings the maps from `old` to this. New rules come first, so that nothing that is opted
+    /// out before and after is steered in between.
+    pub fn replace(&self, old: &Self, maps: &mut Maps) -> Result<(), MapError> {
+        for (bits, rule) in missing(&self.ports, &old.ports) {
+            maps.port_rules.insert(&prefix(bits, rule), 1, 0)?;
+        }
+        for (bits, rule) in missing(&self.nets, &old.nets) {
+            maps.net_rules.insert(&prefix(bits, rule), 1, 0)?;
+        }
+        for (bits, rule) in missing(&old.ports, &self.ports) {
+            maps.port_rules.remove(&prefix(bits, rule))?;
+        }
+        for (bits, rule) in missing(&old.nets, &self.nets) {
+            maps.net_rules.remove(&prefix(bits, rule))?;
+        }
+        Ok(())
+    }
+
+    pub fn entry(&self, pod: u32) -> PodEntry {
+        PodEntry {
+            pod,
+            flags: self.flags,
+        }
+    }
+}
+
+fn missing<'a, T: Copy + Eq + Hash>(
+    from: &'a HashSet<Prefix<T>>,
+    other: &'a HashSet<Prefix<T>>,
+) -> impl Iterator<Item = Prefix<T>> + 'a {
+    from.difference(other).copied()
+}
+
+fn flags(settings: &Settings) -> u32 {
+    let mut flags = 0;
+    if settings.fail_mode == FailMode::Open {
+        flags |= pod_flags::FAIL_OPEN;
+    }
+    if settings.mtls == MtlsMode::Strict {
+        flags |= pod_flags::STRICT;
+    }
+    if settings.nested == NestedMode::Allow {
+        flags |= pod_flags::NESTED_ALLOW;
+    }
+    flags
+}
+
+/// The fewest prefixes (bits, port) that cover exactly `range`.
+fn port_prefixes(range: PortRange) -> Vec<(u32, u16)> {
+    let mut prefixes = Vec::new();
+    let (mut port, last) = (u32::from(range.first), u32::from(range.last));
+    while port <= last {
+        // The largest block that begins here and ends within the range.
+        let aligned = if port == 0 {
+            16
+        } else {
+            port.trailing_zeros().min(16)
+        };
+        let fits = (last - port + 1).ilog2();
+        let size = aligned.min(fits);
+        // Within the range of u16, whose ends bound it.
+        prefixes.push((16 - size, port as u16));
+        port += 1 << size;
+    }
+    prefixes
+}
+
+fn net_prefix(net: &IpNet) -> (u32, Address) {
+    let bits = u32::from(net.prefix_len());
+    match net.network() {
+        IpAddr::V4(address) => (96 + bits, IpAddr::V4(address).into()),
+        IpAddr::V6(address) => (bits, IpAddr::V6(address).into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn covered(range: PortRange) -> Vec<u16> {
+        let mut ports: Vec<u16> = port_prefixes(range)
+            .into_iter()
+            .flat_map(|(bits, port)| {
+                let size = 1_u32 << (16 - bits);
+                (u32::from(port)..u32::from(port) + size).map(|port| port as u16)
+            })
+            .collect();
+        ports.sort_unstable();
+        ports
+    }
+
+    #[test]
+    fn prefixes_cover_exactly_their_range() {
+        for (first, last) in [
+            (80, 80),
+            (1, 65535),
+            (0, 65535),
+            (3000, 3010),
+            (1023, 1025),
+            (65535, 65535),
+        ] {
+            let expected: Vec<u16> = (first..=last).collect();
+            assert_eq!(
+                covered(PortRange { first, last }),
+                expected,
+                "{first}-{last}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_range_takes_few_prefixes() {
+        assert_eq!(
+            port_prefixes(PortRange {
+                first: 0,
+                last: 65535
+            }),
+            [(0, 0)]
+        );
+        assert!(
+            port_prefixes(PortRange {
+                first: 1,
+                last: 65534
+            })
+            .len()
+                <= 30
+        );
+    }
+
+    #[test]
+    fn networks_of_both_families_are_prefixes_of_one_address_form() {
+        assert_eq!(net_prefix(&"10.0.0.0/8".parse().unwrap()).0, 104);
+        assert_eq!(net_prefix(&"fd00::/8".parse().unwrap()).0, 8);
+    }
+}

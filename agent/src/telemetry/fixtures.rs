@@ -1,0 +1,23 @@
+//! What the tests of this module share.
+
+use crate::model::{Settings, Workload, WorkloadId};
+
+/// A pod of that name, with a service account of the same name.
+pub(super) fn workload(name: &str) -> Workload {
+    Workload {
+        id: WorkloadId {
+            namespace: "emojivoto".to_owned(),
+            name: name.to_owned(),
+        },
+        identity: format!("spiffe://cluster.local/ns/emojivoto/sa/{name}")
+            .parse()
+            .unwrap(),
+        node: "node-a".to_owned(),
+        netns: None,
+        addresses: Vec::new(),
+        ports: Vec::new(),
+        labels: Vec::new(),
+        meshed: true,
+        settings: Settings::default(),
+    }
+}

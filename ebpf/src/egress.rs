@@ -1,0 +1,253 @@
+//! TC egress of a pod's interfaces: what the app sends.
+//!
+//! In this order: the agent's own packets pass; a SYN is decided about, and the decision kept in
+//! the app's socket; packets of a steered socket go to the loopback, whether an agent lives or
+//! not; answers to connections that the agent opened with a client's address go there too; the
+//! rest is older than the enrolment, or opted out, and passes.
+
+use aya_ebpf::{
+    bindings::{BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    helpers::{bpf_redirect, generated::bpf_skb_cgroup_id},
+    macros::classifier,
+    programs::TcContext,
+};
+use aya_log_ebpf::debug;
+use malla_common::{
+    Direction, Outcome, Reason, Role, STEER_MARK, SocketState, Unit, Verdict, pod_flags, ports,
+};
+
+use crate::{
+    maps::{AGENTS, OWN_DIAL, SCOPES, count, listener_lives, opt_out, pod_at},
+    packet::{ETHERNET, Kind, NO_LINK_HEADER, Packet, RST, socket_receives},
+    refuse::{ANSWER_MARK, Towards, answer},
+    sockets::{Socket, sender},
+};
+
+/// The loopback's index in every netns.
+const LOOPBACK: u32 = 1;
+
+#[classifier]
+pub fn egress(ctx: TcContext) -> i32 {
+    steer(&ctx, ETHERNET)
+}
+
+#[classifier]
+pub fn egress_l3(ctx: TcContext) -> i32 {
+    steer(&ctx, NO_LINK_HEADER)
+}
+
+#[inline(always)]
+fn steer(ctx: &TcContext, ip: u32) -> i32 {
+    let (kind, packet) = Packet::read(ctx, ip);
+    if kind == Kind::Other || sent_by_agent(ctx) {
+        return TC_ACT_UNSPEC;
+    }
+    if kind == Kind::Unparsable {
+        return drop(ctx, &packet, Reason::Unparsable);
+    }
+    let socket = sender(ctx);
+    if packet.opens() {
+        return open(ctx, &packet, socket);
+    }
+    if let Some(state) = socket.and_then(Socket::state) {
+        if state.verdict == Verdict::Steer as u8 {
+            return follow(ctx, &packet);
+        }
+        if state.verdict == Verdict::Pass as u8 {
+            return TC_ACT_UNSPEC;
+        }
+    }
+    if is_answer(ctx, &packet, socket) {
+        return TC_ACT_UNSPEC;
+    }
+    if socket_receives(ctx, &packet.flow) {
+        return to_loopback(ctx);
+    }
+    pass_unsteered(&packet, socket);
+    TC_ACT_UNSPEC
+}
+
+/// The agent's packets are known by the cgroup of their socket, which no app can choose; a mark
+/// could be set by any container with CAP_NET_RAW.
+#[inline(always)]
+fn sent_by_agent(ctx: &TcContext) -> bool {
+    // SAFETY: the context is valid for the whole run of the program.
+    let cgroup = unsafe { bpf_skb_cgroup_id(ctx.skb.skb) };
+    AGENTS.get_ptr(cgroup).is_some()
+}
+
+/// Decides about a connection that the app opens, or repeats what was decided.
+#[inline(always)]
+fn open(ctx: &TcContext, packet: &Packet, socket: Option<Socket>) -> i32 {
+    let flow = &packet.flow;
+    let Some(pod) = pod_at(&flow.source) else {
+        return refuse(ctx, packet, Unit::Syns, Reason::UnknownAddress);
+    };
+    let mut state = socket.and_then(Socket::state_or_new);
+    if let Some(state) = &state
+        && state.sequence == packet.sequence
+        && state.destination_port == flow.destination_port
+        && state.source_port == flow.source_port
+        && state.destination == flow.destination
+    {
+        if state.verdict == Verdict::Pass as u8 {
+            return TC_ACT_UNSPEC;
+        }
+        if state.verdict == Verdict::Steer as u8 {
+            return if listener_lives(pod.pod, Role::Outbound) {
+                to_loopback(ctx)
+            } else {
+                refuse(ctx, packet, Unit::Syns, Reason::NoAgent)
+            };
+        }
+    }
+
+    let listens = listener_lives(pod.pod, Role::Outbound);
+    let fails_open = pod.flags & pod_flags::FAIL_OPEN != 0;
+    let nested = pod.flags & pod_flags::NESTED_ALLOW != 0;
+    let (verdict, reason) = if let Some(skipped) = opt_out(
+        pod.pod,
+        Direction::Outbound,
+        flow.destination_port,
+        &flow.destination,
+    ) {
+        (Verdict::Pass, skipped)
+    } else if !listens && fails_open {
+        (Verdict::Pass, Reason::FailOpen)
+    } else if !listens {
+        (Verdict::Refuse, Reason::NoAgent)
+    } else if state.is_none() && !nested {
+        (Verdict::Refuse, Reason::Forwarded)
+    } else if ports::is_agents(flow.destination_port) && pod_at(&flow.destination).is_some() {
+        (Verdict::Refuse, Reason::OwnListener)
+    } else if OWN_DIAL.get_ptr(flow).is_some() {
+        // Another pod of this node is being dialled with this very tuple: sk_lookup, which
+        // can't tell one netns from another, would leave this SYN to the app's listeners.
+        (Verdict::Refuse, Reason::PortClash)
+    } else {
+        (Verdict::Steer, Reason::Meshed)
+    };
+    if let Some(state) = &mut state {
+        **state = SocketState {
+            destination: flow.destination,
+            sequence: packet.sequence,
+            destination_port: flow.destination_port,
+            source_port: flow.source_port,
+            verdict: verdict as u8,
+            reason: reason as u8,
+            ..SocketState::UNDECIDED
+        };
+    }
+    match verdict {
+        Verdict::Steer => {
+            log(ctx, packet, Outcome::Steered, reason);
+            count(Direction::Outbound, Unit::Syns, Outcome::Steered, reason);
+            if flow.destination.is_v6_link_local() {
+                // SAFETY: the context is valid for the whole run of the program.
+                let interface = unsafe { (*ctx.skb.skb).ifindex };
+                // When the map is full of newer ones, the agent refuses for want of a scope.
+                let _ = SCOPES.insert(flow, interface, 0);
+            }
+            to_loopback(ctx)
+        }
+        Verdict::Pass => {
+            log(ctx, packet, Outcome::Passed, reason);
+            count(Direction::Outbound, Unit::Syns, Outcome::Passed, reason);
+            TC_ACT_UNSPEC
+        }
+        Verdict::Refuse | Verdict::Undecided => refuse(ctx, packet, Unit::Syns, reason),
+    }
+}
+
+/// A later packet of a steered socket. It never reaches the wire.
+#[inline(always)]
+fn follow(ctx: &TcContext, packet: &Packet) -> i32 {
+    if socket_receives(ctx, &packet.flow) {
+        return to_loopback(ctx);
+    }
+    // No socket takes it. With a listener the kernel knows what to do (a SYN cookie's ACK makes a
+    // connection, the rest meets a RST); without one, nobody answers but this program.
+    if let Some(pod) = pod_at(&packet.flow.source)
+        && listener_lives(pod.pod, Role::Outbound)
+    {
+        return to_loopback(ctx);
+    }
+    if packet.has(RST) {
+        return drop(ctx, packet, Reason::AgentGone);
+    }
+    refuse(ctx, packet, Unit::Packets, Reason::AgentGone)
+}
+
+/// The RST that `ingress` made on this pod's behalf.
+#[inline(always)]
+fn is_answer(ctx: &TcContext, packet: &Packet, socket: Option<Socket>) -> bool {
+    // SAFETY: the context is valid for the whole run of the program.
+    let (mark, sender) = unsafe { ((*ctx.skb.skb).mark, (*ctx.skb.skb).__bindgen_anon_2.sk) };
+    mark == ANSWER_MARK && packet.has(RST) && socket.is_none() && sender.is_null()
+}
+
+/// Counts, once a connection, what goes past the agent without a decision at its SYN.
+#[inline(always)]
+fn pass_unsteered(packet: &Packet, socket: Option<Socket>) {
+    let Some(socket) = socket else {
+        return count(
+            Direction::Outbound,
+            Unit::Packets,
+            Outcome::Passed,
+            Reason::KernelReply,
+        );
+    };
+    let flow = &packet.flow;
+    // A connection that came in on a port or from a network that is opted out.
+    let reason = pod_at(&flow.source)
+        .and_then(|pod| {
+            opt_out(
+                pod.pod,
+                Direction::Inbound,
+                flow.source_port,
+                &flow.destination,
+            )
+        })
+        .unwrap_or(Reason::DirectBeforeEnrolment);
+    if let Some(state) = socket.state_or_new() {
+        state.verdict = Verdict::Pass as u8;
+        state.reason = reason as u8;
+        count(Direction::Outbound, Unit::Packets, Outcome::Passed, reason);
+    }
+}
+
+#[inline(always)]
+fn to_loopback(ctx: &TcContext) -> i32 {
+    ctx.set_mark(STEER_MARK);
+    // SAFETY: a plain helper call on numbers.
+    unsafe { bpf_redirect(LOOPBACK, u64::from(BPF_F_INGRESS)) as i32 }
+}
+
+#[inline(always)]
+fn refuse(ctx: &TcContext, packet: &Packet, unit: Unit, reason: Reason) -> i32 {
+    log(ctx, packet, Outcome::Refused, reason);
+    count(Direction::Outbound, unit, Outcome::Refused, reason);
+    answer(ctx, packet, Towards::App).unwrap_or(TC_ACT_SHOT)
+}
+
+#[inline(always)]
+fn drop(ctx: &TcContext, packet: &Packet, reason: Reason) -> i32 {
+    log(ctx, packet, Outcome::Dropped, reason);
+    count(Direction::Outbound, Unit::Packets, Outcome::Dropped, reason);
+    TC_ACT_SHOT
+}
+
+#[inline(always)]
+fn log(ctx: &TcContext, packet: &Packet, outcome: Outcome, reason: Reason) {
+    let flow = &packet.flow;
+    debug!(
+        ctx,
+        "egress {:i}:{} -> {:i}:{} outcome={} reason={}",
+        flow.source.octets(),
+        flow.source_port,
+        flow.destination.octets(),
+        flow.destination_port,
+        outcome as u8,
+        reason as u8
+    );
+}

@@ -1,0 +1,121 @@
+//! TC ingress of a pod's interfaces: what reaches the pod from outside.
+//!
+//! Which listener takes a SYN is `lookup`'s choice. Here stands only what must happen before the
+//! stack: the RST where no agent lives or the client's tuple is taken, and that no entry of
+//! `OWN_DIAL` outlives the dial it was made for.
+
+use aya_ebpf::{
+    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
+    macros::classifier,
+    programs::TcContext,
+};
+use aya_log_ebpf::debug;
+use malla_common::{Direction, Outcome, Reason, Role, Unit, pod_flags, ports};
+
+use crate::{
+    maps::{OWN_DIAL, count, listener_lives, opt_out, pod_at},
+    packet::{ETHERNET, Kind, NO_LINK_HEADER, Packet, socket_answers},
+    refuse::{Towards, answer},
+};
+
+#[classifier]
+pub fn ingress(ctx: TcContext) -> i32 {
+    receive(&ctx, ETHERNET)
+}
+
+#[classifier]
+pub fn ingress_l3(ctx: TcContext) -> i32 {
+    receive(&ctx, NO_LINK_HEADER)
+}
+
+#[inline(always)]
+fn receive(ctx: &TcContext, ip: u32) -> i32 {
+    let (kind, packet) = Packet::read(ctx, ip);
+    match kind {
+        Kind::Other => TC_ACT_UNSPEC,
+        Kind::Tcp if packet.opens() => open(ctx, &packet),
+        Kind::Tcp => TC_ACT_UNSPEC,
+        Kind::Unparsable => unparsable(ctx, &packet),
+    }
+}
+
+#[inline(always)]
+fn open(ctx: &TcContext, packet: &Packet) -> i32 {
+    let flow = &packet.flow;
+    // A SYN from the wire is no dial of the agent: a stale entry would open a strict pod.
+    let _ = OWN_DIAL.remove(flow);
+    if socket_answers(ctx, flow) {
+        return refuse(ctx, packet, Reason::PortClash);
+    }
+    let Some(pod) = pod_at(&flow.destination) else {
+        return refuse(ctx, packet, Reason::UnknownAddress);
+    };
+    if let Some(skipped) = opt_out(
+        pod.pod,
+        Direction::Inbound,
+        flow.destination_port,
+        &flow.source,
+    ) {
+        return pass(ctx, packet, Outcome::Passed, skipped);
+    }
+    let role = if flow.destination_port == ports::MESH {
+        Role::Mesh
+    } else {
+        Role::Inbound
+    };
+    if listener_lives(pod.pod, role) {
+        return pass(ctx, packet, Outcome::Steered, Reason::Meshed);
+    }
+    let opens = pod.flags & (pod_flags::FAIL_OPEN | pod_flags::STRICT) == pod_flags::FAIL_OPEN;
+    if opens && role == Role::Inbound {
+        return pass(ctx, packet, Outcome::Passed, Reason::FailOpen);
+    }
+    refuse(ctx, packet, Reason::NoAgent)
+}
+
+/// A fragment is whole again when `lookup` sees it.
+#[inline(always)]
+fn unparsable(ctx: &TcContext, packet: &Packet) -> i32 {
+    if let Some(pod) = pod_at(&packet.flow.destination)
+        && listener_lives(pod.pod, Role::Inbound)
+    {
+        return TC_ACT_UNSPEC;
+    }
+    log(ctx, packet, Outcome::Dropped, Reason::Unparsable);
+    count(
+        Direction::Inbound,
+        Unit::Packets,
+        Outcome::Dropped,
+        Reason::Unparsable,
+    );
+    TC_ACT_SHOT
+}
+
+#[inline(always)]
+fn pass(ctx: &TcContext, packet: &Packet, outcome: Outcome, reason: Reason) -> i32 {
+    log(ctx, packet, outcome, reason);
+    count(Direction::Inbound, Unit::Syns, outcome, reason);
+    TC_ACT_UNSPEC
+}
+
+#[inline(always)]
+fn refuse(ctx: &TcContext, packet: &Packet, reason: Reason) -> i32 {
+    log(ctx, packet, Outcome::Refused, reason);
+    count(Direction::Inbound, Unit::Syns, Outcome::Refused, reason);
+    answer(ctx, packet, Towards::Wire).unwrap_or(TC_ACT_SHOT)
+}
+
+#[inline(always)]
+fn log(ctx: &TcContext, packet: &Packet, outcome: Outcome, reason: Reason) {
+    let flow = &packet.flow;
+    debug!(
+        ctx,
+        "ingress {:i}:{} -> {:i}:{} outcome={} reason={}",
+        flow.source.octets(),
+        flow.source_port,
+        flow.destination.octets(),
+        flow.destination_port,
+        outcome as u8,
+        reason as u8
+    );
+}

@@ -1,0 +1,173 @@
+//! sk_lookup of a pod's netns: which of the agent's listeners takes a connection.
+//!
+//! It runs only where no established, request or TIME_WAIT socket takes the packet, so the reuse
+//! of a tuple, SYN cookies and retransmits stay the kernel's. One program serves every netns: the
+//! addresses tell the pod.
+
+use aya_ebpf::{
+    bindings::{bpf_sk_lookup, sk_action},
+    macros::sk_lookup,
+    programs::SkLookupContext,
+};
+use malla_common::{
+    Address, Direction, Flow, ListenerKey, MAX_WORKERS, Pair, PairSlots, Role, pod_flags, ports,
+};
+
+use crate::maps::{LISTENERS, OWN_DIAL, PAIRS, WORKER_LOADS, WORKERS, opt_out, pod_at};
+
+const AF_INET: u32 = 2;
+const IPPROTO_TCP: u32 = 6;
+/// The loopback's index in every netns.
+const LOOPBACK: u32 = 1;
+/// Over this, a pair's worker is helped by one more.
+const BUSY_PERCENT: u32 = 70;
+/// Most workers that the connections of one pair spread over.
+const MAX_PAIR_WORKERS: u16 = 4;
+
+const PASS: u32 = sk_action::SK_PASS;
+const DROP: u32 = sk_action::SK_DROP;
+
+#[sk_lookup]
+pub fn lookup(ctx: SkLookupContext) -> u32 {
+    // SAFETY: the context is valid for the whole run of the program.
+    let lookup = unsafe { &*ctx.lookup };
+    if lookup.protocol != IPPROTO_TCP {
+        return PASS;
+    }
+    let flow = flow(lookup);
+    if flow.source.is_loopback() || flow.destination.is_loopback() {
+        return PASS;
+    }
+    if OWN_DIAL.get_ptr(flow).is_some() {
+        return PASS;
+    }
+    let source = pod_at(&flow.source);
+    let destination = pod_at(&flow.destination);
+    if let (Some(source), Some(destination)) = (source, destination)
+        && source.pod == destination.pod
+    {
+        // The app calls its own pod, or the agent dials it with the pod's own address.
+        return PASS;
+    }
+
+    let (pod, role) = if lookup.ingress_ifindex == LOOPBACK {
+        (source, Role::Outbound)
+    } else if flow.destination_port == ports::MESH {
+        (destination, Role::Mesh)
+    } else {
+        (destination, Role::Inbound)
+    };
+    let Some(pod) = pod else {
+        return DROP;
+    };
+    if role != Role::Outbound
+        && opt_out(
+            pod.pod,
+            Direction::Inbound,
+            flow.destination_port,
+            &flow.source,
+        )
+        .is_some()
+    {
+        return PASS;
+    }
+    let slot = worker(&flow);
+    if assign(&ctx, pod.pod, role, slot) || (slot != 0 && assign(&ctx, pod.pod, role, 0)) {
+        return PASS;
+    }
+    let opens = pod.flags & (pod_flags::FAIL_OPEN | pod_flags::STRICT) == pod_flags::FAIL_OPEN;
+    if opens && role == Role::Inbound {
+        PASS
+    } else {
+        DROP
+    }
+}
+
+#[inline(always)]
+fn flow(lookup: &bpf_sk_lookup) -> Flow {
+    let (source, destination) = if lookup.family == AF_INET {
+        (
+            Address::from_v4(lookup.remote_ip4),
+            Address::from_v4(lookup.local_ip4),
+        )
+    } else {
+        (
+            Address::from_v6(lookup.remote_ip6),
+            Address::from_v6(lookup.local_ip6),
+        )
+    };
+    Flow {
+        source,
+        destination,
+        source_port: u16::from_be(lookup.remote_port),
+        destination_port: lookup.local_port as u16,
+    }
+}
+
+#[inline(always)]
+fn assign(ctx: &SkLookupContext, pod: u32, role: Role, slot: u16) -> bool {
+    LISTENERS
+        .redirect_sk_lookup(ctx, ListenerKey::new(pod, role, slot), 0)
+        .is_ok()
+}
+
+/// The worker for a new connection: the least loaded of those that its pair uses already, so that
+/// a small pair has one tunnel and not one for each core.
+#[inline(always)]
+fn worker(flow: &Flow) -> u16 {
+    let workers = match WORKERS.get(0) {
+        Some(&workers) if workers > 1 => workers.min(MAX_WORKERS) as u16,
+        _ => return 0,
+    };
+    let pair = Pair {
+        source: flow.source,
+        destination: flow.destination,
+    };
+    let Some(slots) = PAIRS.get_ptr_mut(pair) else {
+        let first = least_loaded(0, workers, workers);
+        let _ = PAIRS.insert(pair, PairSlots { first, count: 1 }, 0);
+        return first;
+    };
+    // SAFETY: the entry is two words; a lost update from another CPU only delays the growth.
+    let slots = unsafe { &mut *slots };
+    let best = least_loaded(slots.first, slots.count, workers);
+    let limit = if workers < MAX_PAIR_WORKERS {
+        workers
+    } else {
+        MAX_PAIR_WORKERS
+    };
+    if slots.count < limit && busy_percent(best) > BUSY_PERCENT {
+        slots.count += 1;
+        return (slots.first + slots.count - 1) % workers;
+    }
+    best
+}
+
+#[inline(always)]
+fn least_loaded(first: u16, count: u16, workers: u16) -> u16 {
+    let mut best = first;
+    let mut least = u32::MAX;
+    for i in 0..MAX_WORKERS as u16 {
+        if i >= count {
+            break;
+        }
+        let slot = (first + i) % workers;
+        let Some(load) = WORKER_LOADS.get(u32::from(slot)) else {
+            break;
+        };
+        // A busy worker's connections weigh more.
+        let weight = (load.connections + 1).wrapping_mul(load.busy_percent + 10);
+        if weight < least {
+            least = weight;
+            best = slot;
+        }
+    }
+    best
+}
+
+#[inline(always)]
+fn busy_percent(slot: u16) -> u32 {
+    WORKER_LOADS
+        .get(u32::from(slot))
+        .map_or(0, |load| load.busy_percent)
+}

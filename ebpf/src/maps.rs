@@ -1,0 +1,121 @@
+//! The maps, and the look-ups that more than one hook makes.
+//!
+//! All but the counters are shared by the programs of every pod of the node, and pinned, so that
+//! they outlive the agent.
+
+use aya_ebpf::{
+    bindings::bpf_sock,
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SockHash, lpm_trie::Key},
+    cty::c_void,
+    helpers::{bpf_sk_release, generated::bpf_map_lookup_elem},
+    macros::btf_map,
+};
+use malla_common::{
+    Address, Counter, Direction, Flow, ListenerKey, MAX_WORKERS, NetRule, Outcome, Pair, PairSlots,
+    PodEntry, PortRule, Reason, Role, Unit, WorkerLoad,
+};
+
+/// Ids of the cgroups that living agents run in.
+#[btf_map]
+pub static AGENTS: HashMap<u64, u32, 64> = HashMap::new();
+
+/// Every address of every enrolled pod.
+#[btf_map]
+pub static PODS: HashMap<Address, PodEntry, 4096> = HashMap::new();
+
+/// The agent's listening sockets.
+#[btf_map]
+pub static LISTENERS: SockHash<ListenerKey, 16384> = SockHash::new();
+
+/// Connections that the agent is opening to an app right now.
+#[btf_map]
+pub static OWN_DIAL: LruHashMap<Flow, u32, 65536> = LruHashMap::new();
+
+/// Ports that are opted out.
+#[btf_map]
+pub static PORT_RULES: LpmTrie<PortRule, u32, 65536> = LpmTrie::new();
+
+/// Networks that are opted out.
+#[btf_map]
+pub static NET_RULES: LpmTrie<NetRule, u32, 65536> = LpmTrie::new();
+
+/// Interface that a SYN to a link-local address left by.
+#[btf_map]
+pub static SCOPES: LruHashMap<Flow, u32, 4096> = LruHashMap::new();
+
+/// How many workers the agent has.
+#[btf_map]
+pub static WORKERS: Array<u32, 1> = Array::new();
+
+#[btf_map]
+pub static WORKER_LOADS: Array<WorkerLoad, { MAX_WORKERS as usize }> = Array::new();
+
+#[btf_map]
+pub static PAIRS: LruHashMap<Pair, PairSlots, 65536> = LruHashMap::new();
+
+#[btf_map]
+pub static COUNTERS: PerCpuArray<u64, { Counter::SLOTS }> = PerCpuArray::new();
+
+/// Counts one SYN or packet.
+#[inline(always)]
+pub fn count(direction: Direction, unit: Unit, outcome: Outcome, reason: Reason) {
+    let slot = Counter {
+        direction,
+        unit,
+        outcome,
+        reason,
+    }
+    .slot();
+    if let Some(count) = COUNTERS.get_ptr_mut(slot) {
+        // SAFETY: the pointer is to this CPU's own slot, and a program isn't preempted by another
+        // one on the same CPU.
+        unsafe { *count = (*count).wrapping_add(1) };
+    }
+}
+
+/// The pod that `address` belongs to.
+#[inline(always)]
+pub fn pod_at(address: &Address) -> Option<PodEntry> {
+    // SAFETY: an entry is small, copied at once, and a torn read of the two words is harmless:
+    // an address changes hands only after its pod was withdrawn.
+    unsafe { PODS.get(address) }.copied()
+}
+
+/// Whether an agent listens in this role for `pod`. Every worker listens or none does.
+#[inline(always)]
+pub fn listener_lives(pod: u32, role: Role) -> bool {
+    let key = ListenerKey::new(pod, role, 0);
+    // SAFETY: map and key are valid for the call; a socket found is referenced, and released once.
+    unsafe {
+        let map = core::ptr::from_ref(&LISTENERS).cast_mut().cast::<c_void>();
+        let socket = bpf_map_lookup_elem(map, core::ptr::from_ref(&key).cast());
+        if socket.is_null() {
+            return false;
+        }
+        bpf_sk_release(socket.cast::<bpf_sock>().cast());
+    }
+    true
+}
+
+/// Whether the pod opted out of `port` (its own inbound, the peer's outbound) or of the network
+/// that `peer` is in.
+#[inline(always)]
+pub fn opt_out(pod: u32, direction: Direction, port: u16, peer: &Address) -> Option<Reason> {
+    let port = PortRule {
+        pod,
+        direction: direction as u16,
+        port: port.to_be(),
+    };
+    if PORT_RULES.get(&Key::new(PortRule::BITS, port)).is_some() {
+        return Some(Reason::PortSkipped);
+    }
+    let net = NetRule {
+        pod,
+        direction: direction as u32,
+        peer: *peer,
+    };
+    if NET_RULES.get(&Key::new(NetRule::BITS, net)).is_some() {
+        return Some(Reason::SubnetSkipped);
+    }
+    None
+}

@@ -1,1 +1,63 @@
+//! Nodes and pods as network namespaces on one machine, for malla's tests, demo and bench.
+//!
+//! A [`Testbed`] makes nodes (a network namespace with a bridge, a cgroup and a bpffs folder each)
+//! and pods (a network namespace on a node's bridge), runs commands in them, starts an agent on
+//! each node, and removes all of it when it is dropped:
+//!
+//! ```no_run
+//! use malla_testbed::{PodSpec, Testbed};
+//!
+//! # fn main() -> anyhow::Result<()> {
+//! let mut bed = Testbed::new("hello")?;
+//! let (a, b) = (bed.node("a")?, bed.node("b")?);
+//! let client = bed.pod(&a, PodSpec::new("client"))?;
+//! let server = bed.pod(&b, PodSpec::new("server").port(80).settings("mtls: strict"))?;
+//! bed.start_agents()?;
+//! let _nginx = server.spawn(["nginx", "-g", "daemon off;"])?;
+//! let page = client.run(["curl", "-sS", &format!("http://{}/", server.v4())])?;
+//! assert!(page.stdout.contains("nginx"));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Several beds can live at once, in one process or in several. What a bed makes bears the bed's
+//! name (`malla-bed-…`) or stands in something that does, and the bed's owner holds a lock for as
+//! long as it lives: the next bed of whatever process removes what a dead owner left behind.
+//!
+//! It needs root, cgroup v2 and the command `ip`; a bpffs is mounted where there is none.
 
+mod agent;
+mod bed;
+mod capture;
+mod cgroup;
+mod forwarder;
+mod http;
+pub mod leftovers;
+mod link;
+mod mesh_file;
+mod metrics;
+mod netns;
+mod node;
+pub mod packet;
+mod pod;
+mod process;
+mod raw;
+mod spec;
+mod streams;
+mod wait;
+
+pub use agent::Agent;
+pub use bed::Testbed;
+pub use capture::Capture;
+pub use forwarder::{Impairment, WireStats};
+pub use http::{Response, get};
+pub use link::Link;
+pub use metrics::{Metrics, Sample};
+pub use netns::Netns;
+pub use node::Node;
+pub use pod::Pod;
+pub use process::{Command, Output, Process, binary};
+pub use raw::RawSender;
+pub use spec::PodSpec;
+pub use streams::{Endpoint, Stream, TlsSummary};
+pub use wait::{eventually, until};

@@ -1,0 +1,283 @@
+//! The bed: what a test starts from.
+
+use std::{
+    collections::HashMap,
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{
+    agent::Agent,
+    capture::Capture,
+    forwarder::WireStats,
+    leftovers::Claim,
+    link::{Link, Linked},
+    mesh_file::{self, MeshWide},
+    node::Node,
+    pod::Pod,
+    process::{self, replace_file},
+    spec::PodSpec,
+};
+
+/// The number of a node's first pod: below are the bridge's own address and room for a test's.
+const FIRST_POD: u16 = 10;
+
+/// Nodes, pods and agents of one test. Dropping it removes all of it.
+#[derive(Debug)]
+pub struct Testbed {
+    // Fields are dropped in this order: the claim removes what is left of everything else.
+    agents: HashMap<String, Agent>,
+    pods: Vec<Arc<Pod>>,
+    links: Vec<Linked>,
+    nodes: Vec<Arc<Node>>,
+    link: Link,
+    wire_mtu: u32,
+    mesh: MeshWide,
+    agent_arguments: Vec<String>,
+    agents_started: bool,
+    next_pod: u16,
+    claim: Claim,
+}
+
+impl Testbed {
+    /// An empty bed. `name` makes its namespaces easy to recognise; it needn't be unique.
+    ///
+    /// Removes what beds of dead owners left behind first.
+    pub fn new(name: &str) -> Result<Self> {
+        let claim = Claim::new(name)?;
+        Ok(Self {
+            agents: HashMap::new(),
+            pods: Vec::new(),
+            links: Vec::new(),
+            nodes: Vec::new(),
+            link: Link::Veth,
+            wire_mtu: 1500,
+            mesh: MeshWide::default(),
+            agent_arguments: Vec::new(),
+            agents_started: false,
+            next_pod: FIRST_POD,
+            claim,
+        })
+    }
+
+    /// How nodes made from now on are linked to those that there are; a veth pair by default.
+    #[must_use]
+    pub fn with_link(mut self, link: Link) -> Self {
+        self.link = link;
+        self
+    }
+
+    /// The MTU of links between nodes made from now on, in bytes (1500).
+    #[must_use]
+    pub fn with_wire_mtu(mut self, mtu: u32) -> Self {
+        self.wire_mtu = mtu;
+        self
+    }
+
+    /// The settings of the whole mesh: lines of YAML, such as `mtls: strict`.
+    #[must_use]
+    pub fn with_settings(mut self, yaml: impl Into<String>) -> Self {
+        self.mesh.settings = yaml.into();
+        self
+    }
+
+    /// The settings of one namespace, as lines of YAML.
+    #[must_use]
+    pub fn with_namespace(mut self, name: impl Into<String>, settings: impl Into<String>) -> Self {
+        self.mesh.namespaces.push((name.into(), settings.into()));
+        self
+    }
+
+    /// How long the agents' certificates are valid, such as `24h`, the default.
+    #[must_use]
+    pub fn with_certificate_lifetime(mut self, lifetime: impl Into<String>) -> Self {
+        self.mesh.certificate_lifetime = lifetime.into();
+        self
+    }
+
+    #[must_use]
+    pub fn with_trust_domain(mut self, trust_domain: impl Into<String>) -> Self {
+        self.mesh.trust_domain = trust_domain.into();
+        self
+    }
+
+    /// More arguments for every agent started from now on, such as `--log-ebpf debug`.
+    #[must_use]
+    pub fn with_agent_arguments<S: Into<String>>(
+        mut self,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Self {
+        self.agent_arguments
+            .extend(arguments.into_iter().map(Into::into));
+        self
+    }
+
+    /// The bed's name, which everything of it bears.
+    pub fn name(&self) -> &str {
+        &self.claim.bed
+    }
+
+    /// The bed's folder: the mesh file, identities, logs.
+    pub fn folder(&self) -> &Path {
+        &self.claim.folder
+    }
+
+    /// The file that the agents read.
+    pub fn mesh_path(&self) -> PathBuf {
+        self.claim.folder.join("mesh.yaml")
+    }
+
+    /// Makes a node, linked to every other. Its name has at most 12 letters, digits and `-`.
+    pub fn node(&mut self, name: &str) -> Result<Arc<Node>> {
+        ensure!(
+            name.len() <= 12 && self.nodes.iter().all(|node| node.name() != name),
+            "node name `{name}` is too long or taken"
+        );
+        let index = u8::try_from(self.nodes.len() + 1)?;
+        ensure!(index <= 50, "no addresses for more than 50 nodes");
+        let node = Arc::new(Node::create(&self.claim, name, index)?);
+        for other in &self.nodes {
+            let linked = Linked::create(other, &node, self.link, self.wire_mtu)?;
+            self.links.push(linked);
+        }
+        self.nodes.push(Arc::clone(&node));
+        self.update_mesh()?;
+        Ok(node)
+    }
+
+    /// Makes a pod. Agents that run learn of it.
+    pub fn pod(&mut self, node: &Arc<Node>, spec: PodSpec) -> Result<Arc<Pod>> {
+        ensure!(
+            self.pods.iter().all(|pod| pod.name() != spec.name),
+            "pod name `{}` is taken",
+            spec.name
+        );
+        let pod = Arc::new(Pod::create(node, spec, self.next_pod)?);
+        self.next_pod += 1;
+        self.pods.push(Arc::clone(&pod));
+        self.update_mesh()?;
+        Ok(pod)
+    }
+
+    /// Ends a pod: its processes, its namespace's name, its place in the mesh file.
+    pub fn remove_pod(&mut self, pod: &Pod) -> Result<()> {
+        self.pods.retain(|other| other.name() != pod.name());
+        pod.remove()?;
+        self.update_mesh()
+    }
+
+    /// Replaces the settings of one workload by other lines of YAML. Agents that run learn of it.
+    pub fn change_settings(&self, pod: &Pod, yaml: &str) -> Result<()> {
+        pod.change_settings(yaml);
+        self.update_mesh()
+    }
+
+    /// Replaces the settings of the whole mesh by other lines of YAML.
+    pub fn change_mesh_settings(&mut self, yaml: impl Into<String>) -> Result<()> {
+        self.mesh.settings = yaml.into();
+        self.update_mesh()
+    }
+
+    /// The statistics of the wire between two nodes. An error where it is a veth pair.
+    pub fn wire(&self, a: &Node, b: &Node) -> Result<WireStats> {
+        let linked = self.links.iter().find(|linked| linked.joins(a, b));
+        let forwarder = linked.and_then(|linked| linked.forwarder.as_ref());
+        let forwarder = forwarder
+            .with_context(|| format!("nodes {} and {} have no wire to ask", a.name(), b.name()))?;
+        Ok(forwarder.stats())
+    }
+
+    /// Captures what passes the wire between two nodes, on the first one's interface.
+    pub fn capture_wire(&self, a: &Node, b: &Node) -> Result<Capture> {
+        Capture::start(a.netns(), &a.wire_to(b))
+    }
+
+    /// The mesh's configuration, made from what the bed has.
+    pub fn mesh_yaml(&self) -> String {
+        let nodes = self.nodes.iter().map(AsRef::as_ref);
+        let pods = self.pods.iter().map(AsRef::as_ref);
+        mesh_file::write(&self.claim, &self.mesh, nodes, pods)
+    }
+
+    /// Replaces the mesh file by [`Self::mesh_yaml`].
+    pub fn write_mesh(&self) -> Result<()> {
+        self.write_mesh_text(&self.mesh_yaml())
+    }
+
+    /// Replaces the mesh file by `text`, in one step.
+    pub fn write_mesh_text(&self, text: &str) -> Result<()> {
+        replace_file(&self.mesh_path(), text)
+    }
+
+    /// Starts an agent on every node that has none, and waits until they are ready.
+    pub fn start_agents(&mut self) -> Result<()> {
+        self.write_mesh()?;
+        self.agents_started = true;
+        for node in self.nodes.clone() {
+            if !self.agents.contains_key(node.name()) {
+                let agent = self.launch_agent(&node)?;
+                self.agents.insert(node.name().to_owned(), agent);
+            }
+        }
+        self.agents.values().try_for_each(Agent::wait_ready)
+    }
+
+    /// Starts an agent on a node and waits until it is ready. Returns the one from before, which
+    /// may still be running.
+    pub fn start_agent(&mut self, node: &Arc<Node>) -> Result<Option<Agent>> {
+        self.write_mesh()?;
+        self.agents_started = true;
+        let agent = self.launch_agent(node)?;
+        let ready = agent.wait_ready();
+        let before = self.agents.insert(node.name().to_owned(), agent);
+        ready.map(|()| before)
+    }
+
+    /// The agent of a node. Panics if none was started.
+    pub fn agent(&self, node: &Node) -> &Agent {
+        let agent = self.agents.get(node.name());
+        agent.unwrap_or_else(|| panic!("no agent was started on node {}", node.name()))
+    }
+
+    /// The command line of a node's agent, as the bed starts it.
+    pub fn agent_command(&self, node: &Node) -> Result<process::Command> {
+        let mut arguments = vec![
+            process::binary("malla")?.into_os_string(),
+            "agent".into(),
+            "--config".into(),
+            self.mesh_path().into_os_string(),
+            "--node".into(),
+            node.name().into(),
+        ];
+        arguments.extend(self.agent_arguments.iter().map(Into::into));
+        Ok(node.command(arguments))
+    }
+
+    fn launch_agent(&self, node: &Arc<Node>) -> Result<Agent> {
+        Agent::start(node, self.agent_command(node)?)
+    }
+
+    fn update_mesh(&self) -> Result<()> {
+        if self.agents_started {
+            self.write_mesh()?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Testbed {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            for agent in self.agents.values() {
+                eprintln!("{}\n", agent.log_tail());
+            }
+        }
+        // Agents end first: they would report the end of everything else as faults.
+        self.agents.clear();
+        let _ = fs::remove_file(self.mesh_path());
+    }
+}

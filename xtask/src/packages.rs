@@ -1,0 +1,68 @@
+//! Debian packages that the tasks need.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::shell;
+
+/// What tests, demo and bench run in their pods, and what they need around them.
+pub(crate) const FOR_TESTS: &[&str] = &[
+    "bpftool",
+    "curl",
+    "haproxy",
+    "iperf3",
+    "iproute2",
+    "nginx",
+    "openssh-client",
+    "openssh-server",
+    "postgresql",
+    "python3-cryptography",
+    "python3-h2",
+    "redis-server",
+    "redis-tools",
+    "tcpdump",
+    "wrk",
+];
+
+/// Installs those of `packages` that are missing, and says so with the reason.
+pub(crate) fn ensure(packages: &[&str], why: &str) -> Result<()> {
+    let missing: Vec<&str> = packages
+        .iter()
+        .copied()
+        .filter(|package| !is_installed(package))
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let names = missing.join(" ");
+    if shell::find("apt-get").is_none() {
+        bail!("{why} needs what Debian's packages {names} have, and there is no apt-get here");
+    }
+    println!("Installing {names}: {why} needs them.");
+    if !all_known(&missing) {
+        apt_get(&["update"])?;
+    }
+    let mut arguments = vec!["install", "--no-install-recommends"];
+    arguments.extend(missing);
+    apt_get(&arguments).with_context(|| format!("installing {names} (as root?)"))
+}
+
+fn is_installed(package: &str) -> bool {
+    let status = shell::ask("dpkg-query", &["-W", "-f=${db:Status-Status}", package]);
+    status.as_deref() == Some("installed")
+}
+
+/// Whether apt has a version of each package in its lists, which on a fresh machine are empty.
+fn all_known(packages: &[&str]) -> bool {
+    packages.iter().all(|package| {
+        let known = shell::ask("apt-cache", &["show", "--no-all-versions", package]);
+        known.is_some_and(|text| !text.is_empty())
+    })
+}
+
+fn apt_get(arguments: &[&str]) -> Result<()> {
+    let mut command = Command::new("apt-get");
+    command.env("DEBIAN_FRONTEND", "noninteractive");
+    shell::run(command.args(["-y", "-qq"]).args(arguments))
+}

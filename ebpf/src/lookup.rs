@@ -34,7 +34,7 @@ pub fn lookup(ctx: SkLookupContext) -> u32 {
     if lookup.protocol != IPPROTO_TCP {
         return PASS;
     }
-    let flow = flow(lookup);
+    let flow = flow(ctx.lookup);
     if flow.source.is_loopback() || flow.destination.is_loopback() {
         return PASS;
     }
@@ -83,24 +83,41 @@ pub fn lookup(ctx: SkLookupContext) -> u32 {
     }
 }
 
+/// Reads both families' addresses, each at its own place: were they read in two branches, the
+/// compiler would join the branches and compute the place, which the verifier forbids. The family
+/// that isn't the packet's reads as zero.
 #[inline(always)]
-fn flow(lookup: &bpf_sk_lookup) -> Flow {
-    let (source, destination) = if lookup.family == AF_INET {
-        (
-            Address::from_v4(lookup.remote_ip4),
-            Address::from_v4(lookup.local_ip4),
-        )
+fn flow(lookup: *const bpf_sk_lookup) -> Flow {
+    macro_rules! field {
+        ($($field:tt)+) => {
+            // SAFETY: the context is valid for the whole run of the program.
+            unsafe { core::ptr::read_volatile(&raw const (*lookup).$($field)+) }
+        };
+    }
+    let remote_v4 = field!(remote_ip4);
+    let local_v4 = field!(local_ip4);
+    let remote_v6 = [
+        field!(remote_ip6[0]),
+        field!(remote_ip6[1]),
+        field!(remote_ip6[2]),
+        field!(remote_ip6[3]),
+    ];
+    let local_v6 = [
+        field!(local_ip6[0]),
+        field!(local_ip6[1]),
+        field!(local_ip6[2]),
+        field!(local_ip6[3]),
+    ];
+    let (source, destination) = if field!(family) == AF_INET {
+        (Address::from_v4(remote_v4), Address::from_v4(local_v4))
     } else {
-        (
-            Address::from_v6(lookup.remote_ip6),
-            Address::from_v6(lookup.local_ip6),
-        )
+        (Address::from_v6(remote_v6), Address::from_v6(local_v6))
     };
     Flow {
         source,
         destination,
-        source_port: u16::from_be(lookup.remote_port),
-        destination_port: lookup.local_port as u16,
+        source_port: u16::from_be(field!(remote_port)),
+        destination_port: field!(local_port) as u16,
     }
 }
 

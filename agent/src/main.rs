@@ -1,9 +1,20 @@
 //! `malla`: the agent and its command line.
 
+mod agent;
+mod cli;
 mod discovery;
 mod identity;
 mod model;
+mod proxy;
 mod steer;
 mod telemetry;
 
-fn main() {}
+use std::process::ExitCode;
+
+/// Many small and short-lived allocations of many threads: what jemalloc is made for.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+fn main() -> ExitCode {
+    cli::main()
+}

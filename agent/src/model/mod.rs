@@ -96,7 +96,7 @@ impl Default for IdentityConfig {
     fn default() -> Self {
         Self {
             directory: PathBuf::from("/var/lib/malla/identity"),
-            certificate_lifetime: Duration::from_secs(24 * 60 * 60),
+            certificate_lifetime: Duration::from_hours(24),
         }
     }
 }
@@ -129,7 +129,7 @@ impl fmt::Display for WorkloadId {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Workload {
     pub id: WorkloadId,
-    pub identity: SpiffeId,
+    pub identity: Arc<SpiffeId>,
     pub node: String,
     /// Path of the pod's network namespace, on its node. Absent where the pod isn't enrolled.
     pub netns: Option<PathBuf>,

@@ -12,6 +12,7 @@ use super::{
     worker::{PodContext, Worker},
 };
 use crate::{steer::PodListeners, telemetry::Role};
+use malla_common::Role as Listener;
 
 /// Pause after an error that only time or closed connections can mend.
 const BACK_OFF: Duration = Duration::from_millis(50);
@@ -19,19 +20,19 @@ const BACK_OFF: Duration = Duration::from_millis(50);
 /// Serves each role until the pod's token ends it.
 pub(super) fn serve(worker: &Rc<Worker>, pod: &Rc<PodContext>, listeners: PodListeners) {
     for (role, listener) in [
-        (Role::Outbound, listeners.outbound),
-        (Role::Inbound, listeners.inbound),
-        (Role::Mesh, listeners.mesh),
+        (Listener::Outbound, listeners.outbound),
+        (Listener::Inbound, listeners.inbound),
+        (Listener::Mesh, listeners.mesh),
     ] {
         spawn_local(listen(Rc::clone(worker), Rc::clone(pod), role, listener));
     }
 }
 
-async fn listen(worker: Rc<Worker>, pod: Rc<PodContext>, role: Role, listener: StdListener) {
+async fn listen(worker: Rc<Worker>, pod: Rc<PodContext>, role: Listener, listener: StdListener) {
     let listener = match TcpListener::from_std(listener) {
         Ok(listener) => listener,
         Err(error) => {
-            worker.metrics().accept_error(role, &error);
+            worker.metrics().accept_error(label(role), &error);
             tracing::error!(workload = %pod.workload().id, %error, "can't poll a listener");
             return;
         }
@@ -48,7 +49,7 @@ async fn listen(worker: Rc<Worker>, pod: Rc<PodContext>, role: Role, listener: S
             // The client was gone before it was accepted.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
-                worker.metrics().accept_error(role, &error);
+                worker.metrics().accept_error(label(role), &error);
                 tracing::warn!(%error, "can't accept a connection");
                 tokio::time::sleep(BACK_OFF).await;
             }
@@ -56,11 +57,19 @@ async fn listen(worker: Rc<Worker>, pod: Rc<PodContext>, role: Role, listener: S
     }
 }
 
-fn start(worker: &Rc<Worker>, pod: &Rc<PodContext>, role: Role, stream: TcpStream) {
+fn start(worker: &Rc<Worker>, pod: &Rc<PodContext>, role: Listener, stream: TcpStream) {
     let (worker, pod) = (Rc::clone(worker), Rc::clone(pod));
     match role {
-        Role::Outbound => spawn_local(outbound::serve(worker, pod, stream)),
-        Role::Inbound => spawn_local(inbound::serve_plaintext(worker, pod, stream)),
-        Role::Mesh => spawn_local(inbound::serve_mesh(worker, pod, stream)),
+        Listener::Outbound => spawn_local(outbound::serve(worker, pod, stream)),
+        Listener::Inbound => spawn_local(inbound::serve_plaintext(worker, pod, stream)),
+        Listener::Mesh => spawn_local(inbound::serve_mesh(worker, pod, stream)),
     };
+}
+
+fn label(role: Listener) -> Role {
+    match role {
+        Listener::Outbound => Role::Outbound,
+        Listener::Inbound => Role::Inbound,
+        Listener::Mesh => Role::Mesh,
+    }
 }

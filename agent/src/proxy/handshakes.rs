@@ -38,13 +38,18 @@ impl Handshakes {
         }
         by_source.insert(source, from_source + 1);
         self.in_flight.set(self.in_flight.get() + 1);
-        Some(Slot { handshakes: self, source })
+        Some(Slot {
+            handshakes: self,
+            source,
+        })
     }
 }
 
 impl Drop for Slot<'_> {
     fn drop(&mut self) {
-        self.handshakes.in_flight.set(self.handshakes.in_flight.get() - 1);
+        self.handshakes
+            .in_flight
+            .set(self.handshakes.in_flight.get() - 1);
         let mut by_source = self.handshakes.by_source.borrow_mut();
         match by_source.get_mut(&self.source) {
             Some(count) if *count > 1 => *count -= 1,
@@ -68,14 +73,18 @@ mod tests {
         assert!(handshakes.begin(IpAddr::from([10, 0, 0, 2])).is_some());
         drop(taken);
         assert!(handshakes.begin(flood).is_some());
-        assert!(handshakes.by_source.borrow().is_empty(), "a source that ended is forgotten");
+        assert!(
+            handshakes.by_source.borrow().is_empty(),
+            "a source that ended is forgotten"
+        );
     }
 
     #[test]
     fn many_sources_meet_the_workers_limit() {
         let handshakes = Handshakes::default();
-        let taken: Vec<_> =
-            (0..=255).filter_map(|last| handshakes.begin(IpAddr::from([10, 0, 0, last]))).collect();
+        let taken: Vec<_> = (0..=255)
+            .filter_map(|last| handshakes.begin(IpAddr::from([10, 0, 0, last])))
+            .collect();
         assert_eq!(taken.len(), MAX_IN_FLIGHT);
         drop(taken);
         assert_eq!(handshakes.in_flight.get(), 0);

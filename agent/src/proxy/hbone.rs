@@ -62,20 +62,31 @@ fn insert(headers: &mut HeaderMap, name: HeaderName, value: &str) {
 
 /// Who sends, for the peer's telemetry.
 fn baggage(source: &Workload) -> String {
-    format!("k8s.namespace.name={},k8s.pod.name={}", source.id.namespace, source.id.name)
+    format!(
+        "k8s.namespace.name={},k8s.pod.name={}",
+        source.id.namespace, source.id.name
+    )
 }
 
 /// W3C Trace Context: a trace of this connection alone, not sampled.
 fn traceparent() -> String {
     let mut text = String::with_capacity(55);
     // Writing to a string can't fail.
-    let _ = write!(text, "00-{:032x}-{:016x}-00", fastrand::u128(1..), fastrand::u64(1..));
+    let _ = write!(
+        text,
+        "00-{:032x}-{:016x}-00",
+        fastrand::u128(1..),
+        fastrand::u64(1..)
+    );
     text
 }
 
 /// The address that a request asks to be connected to.
 pub(super) fn destination<B>(request: &Request<B>) -> Result<SocketAddr, Refusal> {
-    let bad = Refusal { status: StatusCode::BAD_REQUEST, reason: Reason::BadRequest };
+    let bad = Refusal {
+        status: StatusCode::BAD_REQUEST,
+        reason: Reason::BadRequest,
+    };
     if request.method() != Method::CONNECT {
         return Err(bad);
     }
@@ -90,12 +101,21 @@ pub(super) const UNREACHABLE: StatusCode = StatusCode::SERVICE_UNAVAILABLE;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Settings, SpiffeId, WorkloadId};
+    use std::sync::Arc;
+
+    use crate::model::{Settings, WorkloadId};
 
     fn web() -> Workload {
         Workload {
-            id: WorkloadId { namespace: "emojivoto".into(), name: "web-1".into() },
-            identity: "spiffe://cluster.local/ns/emojivoto/sa/web".parse::<SpiffeId>().unwrap(),
+            id: WorkloadId {
+                namespace: "emojivoto".into(),
+                name: "web-1".into(),
+            },
+            identity: Arc::new(
+                "spiffe://cluster.local/ns/emojivoto/sa/web"
+                    .parse()
+                    .unwrap(),
+            ),
             node: "a".into(),
             netns: None,
             addresses: vec![],
@@ -108,9 +128,10 @@ mod tests {
 
     #[test]
     fn a_connect_has_an_authority_and_ztunnels_headers() {
-        for (destination_, authority) in
-            [("10.1.0.2:8080", "10.1.0.2:8080"), ("[fd00::2]:80", "[fd00::2]:80")]
-        {
+        for (destination_, authority) in [
+            ("10.1.0.2:8080", "10.1.0.2:8080"),
+            ("[fd00::2]:80", "[fd00::2]:80"),
+        ] {
             let client = "10.0.0.1:40000".parse().unwrap();
             let request = connect(&web(), client, destination_.parse().unwrap());
             assert_eq!(request.method(), Method::CONNECT);
@@ -122,7 +143,10 @@ mod tests {
                 "k8s.namespace.name=emojivoto,k8s.pod.name=web-1"
             );
             assert_eq!(request.headers()["traceparent"].len(), 55);
-            assert_eq!(destination(&request).unwrap(), destination_.parse().unwrap());
+            assert_eq!(
+                destination(&request).unwrap(),
+                destination_.parse().unwrap()
+            );
         }
     }
 

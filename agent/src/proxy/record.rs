@@ -1,11 +1,6 @@
 //! What is remembered of one connection: its metrics and, at its end, its line in the access log.
 
-use std::{
-    cell::Cell,
-    net::SocketAddr,
-    sync::Arc,
-    time::Instant,
-};
+use std::{cell::Cell, net::SocketAddr, sync::Arc, time::Instant};
 
 use malla_common::Reason;
 
@@ -91,7 +86,7 @@ impl Record {
             Security::MutualTls(identity) | Security::InMemory(identity) => Some(&**identity),
             Security::None(_) => None,
         };
-        let own = proved.map(|_| &reporter.identity);
+        let own = proved.map(|_| &*reporter.identity);
         let source = (Some(&**reporter), own);
         let peer = (remote, proved);
         let (src, dst, sent, received) = match self.labels.direction {
@@ -100,8 +95,16 @@ impl Record {
         };
         AccessRecord {
             direction: self.labels.direction,
-            src: Party { address: self.client, workload: src.0, identity: src.1 },
-            dst: Party { address: self.destination, workload: dst.0, identity: dst.1 },
+            src: Party {
+                address: self.client,
+                workload: src.0,
+                identity: src.1,
+            },
+            dst: Party {
+                address: self.destination,
+                workload: dst.0,
+                identity: dst.1,
+            },
             hbone_address: self.tunnelled,
             service: None,
             bytes_sent: sent.get(),

@@ -13,7 +13,8 @@ use std::{
 };
 
 use anyhow::Context;
-use malla_common::WorkerLoad;
+use aya::maps::{Array, HashMap as BpfHashMap, MapData};
+use malla_common::{Flow, WorkerLoad};
 use nix::time::{ClockId, clock_gettime};
 use tokio::{
     sync::{mpsc, watch},
@@ -25,7 +26,7 @@ use super::{accept, handshakes::Handshakes, pool::Pool, relay::Buffers};
 use crate::{
     identity::Certificates,
     model::{Mesh, Workload},
-    steer::{Pod, PodListeners, WorkerHandles},
+    steer::{OwnDial, Pod, PodListeners, WorkerHandles},
     telemetry::{Metrics, WorkerMetrics},
 };
 
@@ -50,9 +51,17 @@ pub struct Workers {
 }
 
 enum Command {
-    Add { pod: Arc<Pod>, workload: Arc<Workload>, listeners: PodListeners },
-    Update { workload: Arc<Workload> },
-    Remove { pod: u32 },
+    Add {
+        pod: Arc<Pod>,
+        workload: Arc<Workload>,
+        listeners: PodListeners,
+    },
+    Update {
+        workload: Arc<Workload>,
+    },
+    Remove {
+        pod: u32,
+    },
     StopAccepting,
 }
 
@@ -62,7 +71,11 @@ impl Workers {
         handles: impl IntoIterator<Item = WorkerHandles>,
     ) -> anyhow::Result<Self> {
         let live = Arc::new(AtomicU32::new(0));
-        let mut workers = Self { commands: Vec::new(), threads: Vec::new(), live };
+        let mut workers = Self {
+            commands: Vec::new(),
+            threads: Vec::new(),
+            live,
+        };
         for (index, handles) in handles.into_iter().enumerate() {
             let (sender, receiver) = mpsc::channel(QUEUE);
             let (shared, live) = (shared.clone(), Arc::clone(&workers.live));
@@ -77,17 +90,32 @@ impl Workers {
     }
 
     /// Serves a pod: worker N takes the Nth set of listeners.
-    pub async fn add(&self, pod: &Arc<Pod>, workload: &Arc<Workload>, listeners: Vec<PodListeners>) {
+    pub async fn add(
+        &self,
+        pod: &Arc<Pod>,
+        workload: &Arc<Workload>,
+        listeners: Vec<PodListeners>,
+    ) {
         for (worker, listeners) in self.commands.iter().zip(listeners) {
             let (pod, workload) = (Arc::clone(pod), Arc::clone(workload));
-            let _ = worker.send(Command::Add { pod, workload, listeners }).await;
+            let _ = worker
+                .send(Command::Add {
+                    pod,
+                    workload,
+                    listeners,
+                })
+                .await;
         }
     }
 
     /// Puts a workload's changed settings in force for its next connections.
     pub async fn update(&self, workload: &Arc<Workload>) {
         for worker in &self.commands {
-            let _ = worker.send(Command::Update { workload: Arc::clone(workload) }).await;
+            let _ = worker
+                .send(Command::Update {
+                    workload: Arc::clone(workload),
+                })
+                .await;
         }
     }
 
@@ -124,7 +152,9 @@ impl Drop for Workers {
 pub(super) struct Worker {
     shared: Shared,
     mesh: RefCell<Arc<Mesh>>,
-    pub(super) handles: RefCell<WorkerHandles>,
+    pub(super) own_dial: RefCell<OwnDial>,
+    pub(super) scopes: BpfHashMap<MapData, Flow, u32>,
+    loads: RefCell<Array<MapData, WorkerLoad>>,
     pub(super) series: RefCell<WorkerMetrics>,
     pub(super) buffers: Buffers,
     pub(super) pool: Pool,
@@ -158,7 +188,9 @@ pub(super) struct Live {
 
 impl Drop for Live {
     fn drop(&mut self) {
-        self.worker.connections.set(self.worker.connections.get() - 1);
+        self.worker
+            .connections
+            .set(self.worker.connections.get() - 1);
         self.worker.live.fetch_sub(1, Ordering::Relaxed);
     }
 }
@@ -180,12 +212,18 @@ impl Worker {
     pub(super) fn count_live(self: &Rc<Self>) -> Live {
         self.connections.set(self.connections.get() + 1);
         self.live.fetch_add(1, Ordering::Relaxed);
-        Live { worker: Rc::clone(self) }
+        Live {
+            worker: Rc::clone(self),
+        }
     }
 
     fn obey(self: &Rc<Self>, command: Command) {
         match command {
-            Command::Add { pod, workload, listeners } => {
+            Command::Add {
+                pod,
+                workload,
+                listeners,
+            } => {
                 let id = pod.id;
                 let context = Rc::new(PodContext {
                     pod,
@@ -228,7 +266,10 @@ fn run(
     live: Arc<AtomicU32>,
     mut commands: mpsc::Receiver<Command>,
 ) {
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(error) => {
             tracing::error!(worker = index, %error, "a worker can't start its runtime");
@@ -238,7 +279,9 @@ fn run(
     let mesh = Arc::clone(&shared.mesh.borrow());
     let worker = Rc::new(Worker {
         mesh: RefCell::new(mesh),
-        handles: RefCell::new(handles),
+        own_dial: RefCell::new(handles.own_dial),
+        scopes: handles.scopes,
+        loads: RefCell::new(handles.loads),
         series: RefCell::new(shared.metrics.worker()),
         buffers: Buffers::default(),
         pool: Pool::default(),
@@ -281,12 +324,14 @@ async fn tell_load(worker: Rc<Worker>, index: usize) {
         before = now;
         // Steps of ten, so that an idle worker writes nothing.
         let busy_percent = u32::try_from(busy.min(100)).unwrap_or(100) / 10 * 10;
-        let load = WorkerLoad { connections: worker.connections.get(), busy_percent };
+        let load = WorkerLoad {
+            connections: worker.connections.get(),
+            busy_percent,
+        };
         if load != told {
-            let mut handles = worker.handles.borrow_mut();
             // At most `MAX_WORKERS`.
             let slot = u32::try_from(index).unwrap_or(0);
-            if handles.loads.set(slot, load, 0).is_ok() {
+            if worker.loads.borrow_mut().set(slot, load, 0).is_ok() {
                 told = load;
             }
         }

@@ -24,7 +24,7 @@ use line::Line;
 const QUEUE_LINES: usize = 16 * 1024;
 
 /// The form of a log line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum LogFormat {
     /// Time, level, target, message and `key=value` pairs, tabs between the first five.
     #[default]

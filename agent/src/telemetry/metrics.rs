@@ -225,10 +225,12 @@ impl Metrics {
         self.accept_errors.with_label_values(&labels).inc();
     }
 
-    /// A certificate was issued or renewed, or could not be.
-    pub fn certificate_refresh(&self, ok: bool) {
-        let labels = [if ok { "ok" } else { "error" }];
-        self.certificate_refreshes.with_label_values(&labels).inc();
+    /// How many certificates were issued or renewed so far, and how many attempts failed.
+    pub fn set_certificate_refreshes(&self, ok: u64, failed: u64) {
+        for (result, total) in [("ok", ok), ("error", failed)] {
+            let counter = self.certificate_refreshes.with_label_values(&[result]);
+            counter.inc_by(total.saturating_sub(counter.get()));
+        }
     }
 
     /// The first end of the current certificates' validity. `None`: there is no certificate.

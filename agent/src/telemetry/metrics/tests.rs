@@ -98,7 +98,7 @@ fn the_control_side_counts_results() {
     metrics.discovery_reload(true);
     metrics.discovery_reload(false);
     metrics.accept_error(Role::Mesh, &io::Error::from(Errno::EMFILE));
-    metrics.certificate_refresh(true);
+    metrics.set_certificate_refreshes(1, 0);
     metrics.set_pods_enrolled(3);
     metrics.enrolment_error("netns_gone");
     for line in [

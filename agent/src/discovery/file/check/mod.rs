@@ -14,6 +14,7 @@ use std::{
     fmt,
     net::IpAddr,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use super::{
@@ -217,11 +218,11 @@ impl Checker {
         }
         let wider = context.namespaces.get(&namespace).unwrap_or(context.base);
         Workload {
-            identity: SpiffeId {
+            identity: Arc::new(SpiffeId {
                 trust_domain: context.trust_domain.to_owned(),
                 namespace,
                 service_account,
-            },
+            }),
             node: entry
                 .node
                 .as_ref()

@@ -1,0 +1,92 @@
+//! The command line.
+
+use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+
+use clap::{Parser, Subcommand};
+
+use crate::{
+    agent::{self, Options},
+    discovery,
+    steer::EbpfLog,
+    telemetry::{self, LogFormat, Metrics},
+};
+
+/// A node-level service mesh: eBPF steers pods' TCP into one shared proxy per node.
+#[derive(Debug, Parser)]
+#[command(name = "malla", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the agent of one node.
+    Agent(AgentArguments),
+    /// Print the JSON schema of the configuration file.
+    Schema,
+}
+
+#[derive(Debug, clap::Args)]
+struct AgentArguments {
+    /// The YAML file with nodes, workloads and settings; followed while the agent runs.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Name of the node in the file that this agent is for.
+    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
+    node: String,
+    /// Form of the log.
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+    /// What is logged, as `tracing` filters are written; `access=off` silences the access log.
+    #[arg(long, env = "RUST_LOG", default_value = "info", value_name = "FILTER")]
+    log: String,
+    /// What the eBPF programs log of each decision (`debug` shows its addresses).
+    #[arg(long, value_enum, default_value_t = EbpfLog::Off, value_name = "LEVEL")]
+    log_ebpf: EbpfLog,
+    /// How long live connections may go on after SIGTERM.
+    #[arg(long, value_parser = humantime::parse_duration, default_value = "15m", value_name = "DURATION")]
+    drain_limit: Duration,
+    /// Worker threads; by default one for each processor that the agent may use.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(malla_common::MAX_WORKERS)))]
+    workers: Option<u16>,
+}
+
+/// Reads the command line and does what it says.
+pub fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Agent(arguments) => run_agent(arguments),
+        Command::Schema => {
+            println!("{}", discovery::file::json_schema());
+            Ok(())
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("malla: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_agent(arguments: AgentArguments) -> anyhow::Result<()> {
+    let mut filter = arguments.log;
+    if arguments.log_ebpf == EbpfLog::Debug {
+        filter.push_str(",ebpf=debug");
+    }
+    let log = telemetry::init_logging(arguments.log_format, &filter)?;
+    let metrics = Arc::new(Metrics::new());
+    metrics.watch_log(log.dropped_lines());
+    let options = Options {
+        config: arguments.config,
+        node: arguments.node,
+        ebpf_log: arguments.log_ebpf,
+        drain_limit: arguments.drain_limit,
+        workers: arguments.workers,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(agent::run(options, metrics))
+}

@@ -1,0 +1,281 @@
+//! The life of a connection to an app: in plaintext, or through a tunnel from another agent.
+
+use std::{net::SocketAddr, rc::Rc, sync::Arc};
+
+use bytes::Bytes;
+use h2::{RecvStream, server::SendResponse};
+use http::{Request, Response, StatusCode};
+use malla_common::Reason;
+use rustls::Side as TlsSide;
+use tokio::{net::TcpStream, task::spawn_local, time::timeout};
+use tokio_rustls::TlsAcceptor;
+
+use super::{
+    canonical, handshakes, hbone,
+    record::{Ends, Record},
+    relay::{self, Side},
+    tunnel,
+    worker::{PodContext, Worker},
+};
+use crate::{
+    identity::{peer_identity, reason_of},
+    model::{MtlsMode, SpiffeId, Workload},
+    steer::{DialError, to_app},
+    telemetry::{ConnectionLabels, Direction, Failure, NoTls, Security, write_refusal},
+};
+
+/// A client without an identity: what the pod's mTLS mode says.
+pub(super) async fn serve_plaintext(
+    worker: Rc<Worker>,
+    pod: Rc<PodContext>,
+    mut client: TcpStream,
+) {
+    let _live = worker.count_live();
+    let (Ok(source), Ok(destination)) = (client.peer_addr(), client.local_addr()) else {
+        return;
+    };
+    let (source, destination) = (canonical(source), canonical(destination));
+    if pod.pod.listener_ports.contains(destination.port()) {
+        return write_refusal(Direction::Inbound, source, destination, Reason::OwnListener);
+    }
+    let workload = pod.workload();
+    let labels = ConnectionLabels {
+        direction: Direction::Inbound,
+        reporter: Arc::clone(&workload),
+        remote: worker.mesh().workload_at(source.ip()).cloned(),
+        target_port: destination.port(),
+        security: Security::None(NoTls::PlaintextClient),
+    };
+    let ends = Ends {
+        client: source,
+        destination,
+        tunnelled: None,
+    };
+    let record = Record::open(&worker, labels, ends);
+    if workload.settings.mtls == MtlsMode::Strict {
+        return record.close(Err(Reason::PlaintextRefused));
+    }
+    let carried = async {
+        let mut server = dial(&worker, &pod, &workload, source, destination)
+            .await
+            .map_err(|e| e.reason())?;
+        record.dialled();
+        let idle = workload.settings.idle_timeout;
+        relay::tcp(&worker.buffers, &record, &mut client, &mut server, idle)
+            .await
+            .map_err(Failure::from)
+    };
+    let result = tokio::select! {
+        result = carried => result,
+        () = pod.enrolled.cancelled() => Err(Reason::Withdrawn.into()),
+    };
+    record.close(result);
+}
+
+/// A tunnel from another agent, with all connections in it.
+pub(super) async fn serve_mesh(worker: Rc<Worker>, pod: Rc<PodContext>, socket: TcpStream) {
+    let (Ok(peer), Ok(local)) = (socket.peer_addr(), socket.local_addr()) else {
+        return;
+    };
+    let (peer, local) = (canonical(peer), canonical(local));
+    let shaken = shake_hands(&worker, &pod, socket, peer).await;
+    worker.metrics().handshake(
+        Direction::Inbound,
+        shaken.as_ref().map(|_| ()).map_err(|reason| *reason),
+    );
+    let (identity, connection) = match shaken {
+        Ok(shaken) => shaken,
+        Err(reason) => return write_refusal(Direction::Inbound, peer, local, reason),
+    };
+    let tunnel = Rc::new(InboundTunnel {
+        worker,
+        pod,
+        peer,
+        local,
+        identity: Arc::new(identity),
+    });
+    tunnel.serve(connection).await;
+}
+
+type Connection = h2::server::Connection<tokio_rustls::server::TlsStream<tunnel::Socket>, Bytes>;
+
+async fn shake_hands(
+    worker: &Rc<Worker>,
+    pod: &Rc<PodContext>,
+    socket: TcpStream,
+    peer: SocketAddr,
+) -> Result<(SpiffeId, Connection), Reason> {
+    let _slot = worker
+        .handshakes
+        .begin(peer.ip())
+        .ok_or(Reason::HandshakeLimit)?;
+    let config = worker
+        .certificates()
+        .server_config(&pod.workload().identity)
+        .map_err(|_| Reason::NoIdentity)?;
+    let handshake = async {
+        let tls = TlsAcceptor::from(config)
+            .accept(tunnel::Socket::new(socket))
+            .await
+            .map_err(|error| reason_of(&error, TlsSide::Server))?;
+        let certificates = tls.get_ref().1.peer_certificates().unwrap_or_default();
+        let identity = peer_identity(certificates).map_err(|_| Reason::ForeignTrustDomain)?;
+        // An address that discovery knows belongs to one workload: nobody else speaks from it.
+        if let Some(workload) = worker.mesh().workload_at(peer.ip())
+            && *workload.identity != identity
+        {
+            return Err(Reason::IdentityMismatch);
+        }
+        let connection = h2::server::Builder::new()
+            .initial_window_size(hbone::STREAM_WINDOW)
+            .initial_connection_window_size(hbone::CONNECTION_WINDOW)
+            .max_frame_size(hbone::MAX_FRAME)
+            .max_header_list_size(hbone::MAX_HEADERS)
+            .max_send_buffer_size(hbone::MAX_SEND_BUFFER)
+            .max_concurrent_streams(hbone::MAX_STREAMS)
+            .handshake(tls)
+            .await
+            .map_err(|_| Reason::ProtocolError)?;
+        Ok((identity, connection))
+    };
+    timeout(handshakes::TIMEOUT, handshake)
+        .await
+        .unwrap_or(Err(Reason::HandshakeTimeout))
+}
+
+/// What is known of a tunnel, and so of each connection in it.
+struct InboundTunnel {
+    worker: Rc<Worker>,
+    pod: Rc<PodContext>,
+    peer: SocketAddr,
+    local: SocketAddr,
+    identity: Arc<SpiffeId>,
+}
+
+impl InboundTunnel {
+    async fn serve(self: Rc<Self>, mut connection: Connection) {
+        let _open = self.worker.metrics().tunnel_opened(Direction::Inbound);
+        let silent = tunnel::unanswered(connection.ping_pong());
+        tokio::pin!(silent);
+        loop {
+            let accepted = tokio::select! {
+                accepted = connection.accept() => accepted,
+                () = &mut silent => {
+                    tracing::info!(peer = %self.peer, "a tunnel's peer is silent");
+                    return;
+                }
+                () = self.pod.enrolled.cancelled() => return,
+            };
+            match accepted {
+                Some(Ok((request, respond))) => {
+                    spawn_local(Rc::clone(&self).carry(request, respond));
+                }
+                Some(Err(error)) => {
+                    tracing::debug!(peer = %self.peer, %error, "a tunnel broke");
+                    return;
+                }
+                None => return,
+            }
+        }
+    }
+
+    /// One connection: check, dial, answer, relay, record.
+    async fn carry(self: Rc<Self>, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
+        let _live = self.worker.count_live();
+        let destination = match self.destination(&request) {
+            Ok(destination) => destination,
+            Err(refusal) => {
+                write_refusal(Direction::Inbound, self.peer, self.local, refusal.reason);
+                return answer(&mut respond, refusal.status);
+            }
+        };
+        let workload = self.pod.workload();
+        let labels = ConnectionLabels {
+            direction: Direction::Inbound,
+            reporter: Arc::clone(&workload),
+            remote: self.worker.mesh().workload_at(self.peer.ip()).cloned(),
+            target_port: destination.port(),
+            security: Security::MutualTls(Arc::clone(&self.identity)),
+        };
+        let ends = Ends {
+            client: self.peer,
+            destination: self.local,
+            tunnelled: Some(destination),
+        };
+        let record = Record::open(&self.worker, labels, ends);
+        let mut receive = request.into_body();
+        let carried = async {
+            let dialled = dial(&self.worker, &self.pod, &workload, self.peer, destination).await;
+            let mut server = match dialled {
+                Ok(server) => server,
+                Err(error) => {
+                    answer(&mut respond, hbone::UNREACHABLE);
+                    return Err(error.reason().into());
+                }
+            };
+            record.dialled();
+            let mut send = respond
+                .send_response(Response::new(()), false)
+                .map_err(|_| Failure::from(Reason::TunnelLost))?;
+            let idle = workload.settings.idle_timeout;
+            let buffers = &self.worker.buffers;
+            relay::tunnel(
+                buffers,
+                &record,
+                Side::Server,
+                &mut server,
+                &mut send,
+                &mut receive,
+                idle,
+            )
+            .await
+            .map_err(Failure::from)
+        };
+        let result = tokio::select! {
+            result = carried => result,
+            () = self.pod.enrolled.cancelled() => Err(Reason::Withdrawn.into()),
+        };
+        record.close(result);
+    }
+
+    /// The address to dial: the pod's own, and never a listener of the agent.
+    fn destination(&self, request: &Request<RecvStream>) -> Result<SocketAddr, hbone::Refusal> {
+        let destination = canonical(hbone::destination(request)?);
+        if !self.pod.pod.owns(destination.ip()) {
+            let (status, reason) = (StatusCode::BAD_REQUEST, Reason::WrongDestination);
+            return Err(hbone::Refusal { status, reason });
+        }
+        if self.pod.pod.listener_ports.contains(destination.port()) {
+            let (status, reason) = (hbone::UNREACHABLE, Reason::OwnListener);
+            return Err(hbone::Refusal { status, reason });
+        }
+        Ok(destination)
+    }
+}
+
+/// Answers without a tunnel. Fails only when the peer is gone, and then there is nobody to tell.
+fn answer(respond: &mut SendResponse<Bytes>, status: StatusCode) {
+    let mut response = Response::new(());
+    *response.status_mut() = status;
+    let _ = respond.send_response(response, true);
+}
+
+/// Opens the connection to the app, with the client's address as its source.
+async fn dial(
+    worker: &Worker,
+    pod: &PodContext,
+    workload: &Workload,
+    client: SocketAddr,
+    destination: SocketAddr,
+) -> Result<TcpStream, DialError> {
+    to_app(
+        &pod.pod.netns,
+        &pod.pod.home,
+        &pod.pod.dial_ports,
+        &worker.own_dial,
+        client.ip(),
+        destination,
+        workload.settings.mesh_connect_timeout,
+    )
+    .await
+}

@@ -1,0 +1,203 @@
+//! The life of a connection that an app opens.
+
+use std::{
+    net::{IpAddr, SocketAddr, SocketAddrV6},
+    rc::Rc,
+    sync::Arc,
+};
+
+use malla_common::{Flow, Reason};
+use tokio::net::TcpStream;
+
+use super::{
+    canonical, hbone, pool,
+    record::{Ends, Record},
+    relay::{self, Side},
+    worker::{PodContext, Worker},
+};
+use crate::{
+    model::{Mesh, Workload, ports},
+    steer::to_network,
+    telemetry::{ConnectionLabels, Direction, Failure, NoTls, Security, write_refusal},
+};
+
+/// What becomes of a connection to an address.
+enum Route {
+    /// Through the destination's agent, under mutual TLS.
+    Mesh(Arc<Workload>),
+    /// As plain TCP, and why.
+    Plain(Option<Arc<Workload>>, NoTls),
+}
+
+/// Accept, resolve, connect, relay, record.
+pub(super) async fn serve(worker: Rc<Worker>, pod: Rc<PodContext>, mut client: TcpStream) {
+    let _live = worker.count_live();
+    // A connection that its client reset before it was accepted has no ends.
+    let (Ok(source), Ok(destination)) = (client.peer_addr(), client.local_addr()) else {
+        return;
+    };
+    let source = canonical(source);
+    let destination = with_scope(&worker, source, canonical(destination));
+    let mesh = worker.mesh();
+    if is_own_listener(&pod, &mesh, destination) {
+        return write_refusal(
+            Direction::Outbound,
+            source,
+            destination,
+            Reason::OwnListener,
+        );
+    }
+    let route = resolve(&mesh, destination);
+    drop(mesh);
+    let record = open_record(&worker, &pod, &route, source, destination);
+    let carried = async {
+        match &route {
+            Route::Mesh(workload) => {
+                through_mesh(
+                    &worker,
+                    &pod,
+                    workload,
+                    &mut client,
+                    source,
+                    destination,
+                    &record,
+                )
+                .await
+            }
+            Route::Plain(..) => plain(&worker, &pod, &mut client, destination, &record).await,
+        }
+    };
+    let result = tokio::select! {
+        result = carried => result,
+        () = pod.enrolled.cancelled() => Err(Reason::Withdrawn.into()),
+    };
+    record.close(result);
+}
+
+/// A link-local address means nothing without the interface that the SYN left by.
+fn with_scope(worker: &Worker, source: SocketAddr, destination: SocketAddr) -> SocketAddr {
+    let SocketAddr::V6(v6) = destination else {
+        return destination;
+    };
+    if !v6.ip().is_unicast_link_local() {
+        return destination;
+    }
+    let flow = Flow {
+        source: source.ip().into(),
+        destination: destination.ip().into(),
+        source_port: source.port(),
+        destination_port: destination.port(),
+    };
+    let scope = worker.scopes.get(&flow, 0).unwrap_or(0);
+    SocketAddrV6::new(*v6.ip(), v6.port(), 0, scope).into()
+}
+
+/// A connection to one of the agent's own listeners would come back to it for ever.
+fn is_own_listener(pod: &PodContext, mesh: &Mesh, destination: SocketAddr) -> bool {
+    if pod.pod.owns(destination.ip()) && pod.pod.listener_ports.contains(destination.port()) {
+        return true;
+    }
+    destination.port() == ports::MESH
+        && mesh
+            .workload_at(destination.ip())
+            .is_some_and(|workload| workload.meshed)
+}
+
+fn resolve(mesh: &Mesh, destination: SocketAddr) -> Route {
+    match mesh.workload_at(destination.ip()) {
+        Some(workload) if workload.serves_mesh_on(destination.port()) => {
+            Route::Mesh(Arc::clone(workload))
+        }
+        Some(workload) if workload.meshed => {
+            Route::Plain(Some(Arc::clone(workload)), NoTls::PortSkipped)
+        }
+        workload => Route::Plain(workload.cloned(), NoTls::NotProvidedByServiceDiscovery),
+    }
+}
+
+fn open_record(
+    worker: &Worker,
+    pod: &PodContext,
+    route: &Route,
+    client: SocketAddr,
+    destination: SocketAddr,
+) -> Record {
+    let (remote, security, dialled, tunnelled) = match route {
+        Route::Mesh(workload) => (
+            Some(Arc::clone(workload)),
+            Security::MutualTls(Arc::clone(&workload.identity)),
+            SocketAddr::new(destination.ip(), ports::MESH),
+            Some(destination),
+        ),
+        Route::Plain(workload, why) => (workload.clone(), Security::None(*why), destination, None),
+    };
+    let labels = ConnectionLabels {
+        direction: Direction::Outbound,
+        reporter: pod.workload(),
+        remote,
+        target_port: destination.port(),
+        security,
+    };
+    Record::open(
+        worker,
+        labels,
+        Ends {
+            client,
+            destination: dialled,
+            tunnelled,
+        },
+    )
+}
+
+async fn through_mesh(
+    worker: &Rc<Worker>,
+    pod: &Rc<PodContext>,
+    workload: &Workload,
+    client: &mut TcpStream,
+    source: SocketAddr,
+    destination: SocketAddr,
+    record: &Record,
+) -> Result<(), Failure> {
+    let mesh_address: IpAddr = destination.ip();
+    let lease = pool::lease(worker, pod, mesh_address, &workload.identity).await?;
+    let reporter = pod.workload();
+    let request = hbone::connect(&reporter, source, destination);
+    let (mut send, mut receive) = lease.open(request).await?;
+    record.dialled();
+    let idle = reporter.settings.idle_timeout;
+    relay::tunnel(
+        &worker.buffers,
+        record,
+        Side::Client,
+        client,
+        &mut send,
+        &mut receive,
+        idle,
+    )
+    .await
+    .map_err(Failure::from)
+}
+
+async fn plain(
+    worker: &Rc<Worker>,
+    pod: &Rc<PodContext>,
+    client: &mut TcpStream,
+    destination: SocketAddr,
+    record: &Record,
+) -> Result<(), Failure> {
+    let settings = &pod.workload().settings;
+    let limit = settings.connect_timeout;
+    let mut server = to_network(&pod.pod.netns, &pod.pod.home, destination, limit)
+        .await
+        .map_err(|error| Failure::from(error.reason()))?;
+    record.dialled();
+    relay::tcp(
+        &worker.buffers,
+        record,
+        client,
+        &mut server,
+        settings.idle_timeout,
+    )
+    .await
+    .map_err(Failure::from)
+}

@@ -1,0 +1,157 @@
+//! A worker's tunnels, one pool for each pair of source pod and destination.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::{HashMap, VecDeque},
+    net::IpAddr,
+    rc::Rc,
+    time::Duration,
+};
+
+use malla_common::Reason;
+use tokio::{sync::oneshot, task::spawn_local};
+
+use super::{
+    hbone,
+    tunnel::{self, Lease, Tunnel},
+    worker::{PodContext, Worker},
+};
+use crate::{model::SpiffeId, telemetry::Failure};
+
+/// A tunnel that no stream uses for so long is closed.
+const UNUSED_LIMIT: Duration = Duration::from_secs(300);
+/// `sweep` looks at every this many calls.
+const SWEEP_EVERY: u32 = 50;
+
+/// Who speaks to whom: a tunnel proves both identities, so it serves no other pair.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Pair {
+    pod: u32,
+    destination: IpAddr,
+    identity: SpiffeId,
+}
+
+#[derive(Default)]
+struct Tunnels {
+    open: Vec<Rc<Tunnel>>,
+    /// Tunnels that are being opened.
+    opening: usize,
+    waiting: VecDeque<oneshot::Sender<Result<Lease, Failure>>>,
+}
+
+impl Tunnels {
+    fn lease(&mut self) -> Option<Lease> {
+        self.open.retain(|tunnel| !tunnel.is_ended());
+        self.open.iter().find_map(Tunnel::lease)
+    }
+}
+
+/// All pools of one worker.
+#[derive(Default)]
+pub(super) struct Pool {
+    pairs: RefCell<HashMap<Pair, Rc<RefCell<Tunnels>>>>,
+    sweeps: Cell<u32>,
+}
+
+impl Pool {
+    /// Drops what nobody uses any more.
+    pub(super) fn sweep(&self) {
+        self.sweeps.set(self.sweeps.get() + 1);
+        if !self.sweeps.get().is_multiple_of(SWEEP_EVERY) {
+            return;
+        }
+        self.pairs.borrow_mut().retain(|_, tunnels| {
+            let mut tunnels = tunnels.borrow_mut();
+            tunnels
+                .open
+                .retain(|tunnel| !tunnel.is_ended() && !tunnel.is_unused_for(UNUSED_LIMIT));
+            !tunnels.open.is_empty() || tunnels.opening > 0 || !tunnels.waiting.is_empty()
+        });
+    }
+
+    /// Forgets the tunnels of a pod that was withdrawn.
+    pub(super) fn remove_pod(&self, pod: u32) {
+        self.pairs.borrow_mut().retain(|pair, _| pair.pod != pod);
+    }
+}
+
+/// A place for a stream from `pod` to `identity` at `destination`, in a tunnel that is there or in
+/// a new one. Who waits for a new one holds up nobody else.
+pub(super) async fn lease(
+    worker: &Rc<Worker>,
+    pod: &Rc<PodContext>,
+    destination: IpAddr,
+    identity: &SpiffeId,
+) -> Result<Lease, Failure> {
+    let pair = Pair {
+        pod: pod.pod.id,
+        destination,
+        identity: identity.clone(),
+    };
+    let tunnels = Rc::clone(worker.pool.pairs.borrow_mut().entry(pair).or_default());
+    let waiting = {
+        let mut pool = tunnels.borrow_mut();
+        if pool.waiting.is_empty()
+            && let Some(lease) = pool.lease()
+        {
+            return Ok(lease);
+        }
+        let (sender, receiver) = oneshot::channel();
+        pool.waiting.push_back(sender);
+        receiver
+    };
+    open_for_waiting(worker, pod, destination, identity, &tunnels);
+    waiting
+        .await
+        .unwrap_or_else(|_| Err(Reason::TunnelLost.into()))
+}
+
+/// Opens as many tunnels as those that wait will fill.
+fn open_for_waiting(
+    worker: &Rc<Worker>,
+    pod: &Rc<PodContext>,
+    destination: IpAddr,
+    identity: &SpiffeId,
+    tunnels: &Rc<RefCell<Tunnels>>,
+) {
+    let mut pool = tunnels.borrow_mut();
+    let needed = pool.waiting.len().div_ceil(hbone::MAX_OWN_STREAMS);
+    while pool.opening < needed {
+        pool.opening += 1;
+        let (worker, pod, identity) = (Rc::clone(worker), Rc::clone(pod), identity.clone());
+        let tunnels = Rc::clone(tunnels);
+        spawn_local(async move {
+            let result = tunnel::open(&worker, &pod, destination, &identity).await;
+            let mut pool = tunnels.borrow_mut();
+            pool.opening -= 1;
+            match result {
+                Ok(tunnel) => {
+                    pool.open.push(tunnel);
+                    serve_waiting(&mut pool);
+                    drop(pool);
+                    open_for_waiting(&worker, &pod, destination, &identity, &tunnels);
+                }
+                // Those that wait share the failure; the next one tries anew.
+                Err(failure) => {
+                    for waiting in pool.waiting.drain(..) {
+                        let _ = waiting.send(Err(failure));
+                    }
+                }
+            }
+        });
+    }
+}
+
+fn serve_waiting(pool: &mut Tunnels) {
+    while let Some(waiting) = pool.waiting.pop_front() {
+        if waiting.is_closed() {
+            continue;
+        }
+        let Some(lease) = pool.lease() else {
+            pool.waiting.push_front(waiting);
+            return;
+        };
+        // The lease goes back to its tunnel where the connection is gone meanwhile.
+        let _ = waiting.send(Ok(lease));
+    }
+}

@@ -1,0 +1,252 @@
+//! One tunnel: an HTTP/2 connection over mutual TLS, seen from the side that opens streams.
+
+use std::{
+    cell::Cell,
+    io,
+    net::{IpAddr, SocketAddr},
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use h2::{RecvStream, SendStream, client::SendRequest};
+use http::{Request, StatusCode};
+use malla_common::Reason;
+use rustls::{Side, pki_types::ServerName};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, BufReader, ReadBuf},
+    net::TcpStream,
+    task::spawn_local,
+    time::timeout,
+};
+use tokio_rustls::TlsConnector;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    handshakes, hbone,
+    worker::{PodContext, Worker},
+};
+use crate::{
+    identity::reason_of,
+    model::{SpiffeId, ports},
+    steer::{end_orderly, to_network},
+    telemetry::{Direction, Failure},
+};
+
+/// What one read of a tunnel's socket takes. A tunnel carries many connections, and rustls asks
+/// for 4 KiB at a time.
+const READ_BUFFER: usize = 64 * 1024;
+/// A PING this long after the last one's answer, and how long its answer may take.
+const PING_INTERVAL: Duration = Duration::from_secs(10);
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long a peer may take to answer a CONNECT beyond its own limit for reaching the app.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A tunnel that streams can be opened in.
+pub(super) struct Tunnel {
+    requests: SendRequest<Bytes>,
+    streams: Cell<usize>,
+    idle_since: Cell<Instant>,
+    ended: CancellationToken,
+}
+
+/// A stream's place in its tunnel.
+pub(super) struct Lease(Rc<Tunnel>);
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.0.streams.set(self.0.streams.get() - 1);
+        self.0.idle_since.set(Instant::now());
+    }
+}
+
+impl Tunnel {
+    /// A place for one more stream. None when the tunnel is full, or takes no more.
+    pub(super) fn lease(self: &Rc<Self>) -> Option<Lease> {
+        let limit = hbone::MAX_OWN_STREAMS.min(self.requests.current_max_send_streams());
+        if self.ended.is_cancelled() || self.streams.get() >= limit {
+            return None;
+        }
+        self.streams.set(self.streams.get() + 1);
+        Some(Lease(Rc::clone(self)))
+    }
+
+    pub(super) fn is_ended(&self) -> bool {
+        self.ended.is_cancelled()
+    }
+
+    /// Whether no stream has used it for `limit`.
+    pub(super) fn is_unused_for(&self, limit: Duration) -> bool {
+        self.streams.get() == 0 && self.idle_since.get().elapsed() >= limit
+    }
+}
+
+impl Lease {
+    /// Opens a stream and waits for the peer's word that the app is connected.
+    pub(super) async fn open(
+        &self,
+        request: Request<()>,
+    ) -> Result<(SendStream<Bytes>, RecvStream), Reason> {
+        let answer = async {
+            let lost = |_| Reason::TunnelLost;
+            let mut requests = self.0.requests.clone().ready().await.map_err(lost)?;
+            let (response, send) = requests.send_request(request, false).map_err(lost)?;
+            let response = response.await.map_err(|error| match error.reason() {
+                Some(_) if error.is_reset() => Reason::PeerRefused,
+                _ => Reason::TunnelLost,
+            })?;
+            if response.status() != StatusCode::OK {
+                tracing::debug!(status = %response.status(), "the peer refused a CONNECT");
+                return Err(Reason::PeerRefused);
+            }
+            Ok((send, response.into_body()))
+        };
+        timeout(ANSWER_TIMEOUT, answer)
+            .await
+            .unwrap_or(Err(Reason::ConnectTimeout))
+    }
+}
+
+/// Opens a tunnel from `pod` to the mesh port of `destination`, which must prove to be `expected`.
+pub(super) async fn open(
+    worker: &Rc<Worker>,
+    pod: &Rc<PodContext>,
+    destination: IpAddr,
+    expected: &SpiffeId,
+) -> Result<Rc<Tunnel>, Failure> {
+    let workload = pod.workload();
+    let config = worker
+        .certificates()
+        .client_config(&workload.identity, expected)
+        .map_err(|_| Reason::NoIdentity)?;
+    let address = SocketAddr::new(destination, ports::MESH);
+    let limit = workload.settings.mesh_connect_timeout;
+    let socket = to_network(&pod.pod.netns, &pod.pod.home, address, limit)
+        .await
+        .map_err(|error| error.reason())?;
+
+    let handshake = async {
+        let name = ServerName::IpAddress(destination.into());
+        let tls = TlsConnector::from(config)
+            .connect(name, Socket::new(socket))
+            .await
+            .map_err(|error| reason_of(&error, Side::Client))?;
+        h2::client::Builder::new()
+            .enable_push(false)
+            .initial_window_size(hbone::STREAM_WINDOW)
+            .initial_connection_window_size(hbone::CONNECTION_WINDOW)
+            .max_frame_size(hbone::MAX_FRAME)
+            .max_header_list_size(hbone::MAX_HEADERS)
+            .max_send_buffer_size(hbone::MAX_SEND_BUFFER)
+            .initial_max_send_streams(hbone::MAX_OWN_STREAMS)
+            .handshake::<_, Bytes>(tls)
+            .await
+            .map_err(|error| match reason_of(&error, Side::Client) {
+                Reason::TlsFailed => Reason::ProtocolError,
+                precise => precise,
+            })
+    };
+    let shaken = match timeout(handshakes::TIMEOUT, handshake).await {
+        Ok(shaken) => shaken,
+        Err(_) => Err(Reason::HandshakeTimeout),
+    };
+    worker.metrics().handshake(
+        Direction::Outbound,
+        shaken.as_ref().map(|_| ()).map_err(|reason| *reason),
+    );
+    let (requests, mut connection) = shaken?;
+
+    let ended = CancellationToken::new();
+    let pings = connection.ping_pong();
+    let (open, enrolled) = (
+        worker.metrics().tunnel_opened(Direction::Outbound),
+        pod.enrolled.clone(),
+    );
+    let guard = ended.clone().drop_guard();
+    spawn_local(async move {
+        let _ended = guard;
+        let _open = open;
+        tokio::select! {
+            result = connection => if let Err(error) = result {
+                tracing::debug!(%error, peer = %address, "a tunnel broke");
+            },
+            () = unanswered(pings) => tracing::info!(peer = %address, "a tunnel's peer is silent"),
+            () = enrolled.cancelled() => {}
+        }
+    });
+    Ok(Rc::new(Tunnel {
+        requests,
+        streams: Cell::new(0),
+        idle_since: Cell::new(Instant::now()),
+        ended,
+    }))
+}
+
+/// Asks the peer again and again; returns when it doesn't answer in time.
+pub(super) async fn unanswered(pings: Option<h2::PingPong>) {
+    let Some(mut pings) = pings else {
+        return std::future::pending().await;
+    };
+    loop {
+        tokio::time::sleep(PING_INTERVAL).await;
+        match timeout(PING_TIMEOUT, pings.ping(h2::Ping::opaque())).await {
+            Ok(Ok(_)) => {}
+            // The connection is gone, which its own task notices.
+            Ok(Err(_)) => return std::future::pending().await,
+            Err(_) => return,
+        }
+    }
+}
+
+/// The socket of a tunnel: read in large pieces, and closed in good order, since what ends with it
+/// has been told to each stream.
+pub(super) struct Socket(BufReader<TcpStream>);
+
+impl Socket {
+    pub(super) fn new(stream: TcpStream) -> Self {
+        end_orderly(&stream);
+        Self(BufReader::with_capacity(READ_BUFFER, stream))
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(self.0.get_mut()).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(self.0.get_mut()).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(self.0.get_mut()).poll_shutdown(cx)
+    }
+}

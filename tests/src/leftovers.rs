@@ -52,15 +52,11 @@ impl Claim {
     pub(crate) fn new(name: &str) -> Result<Self> {
         static SEQUENCE: AtomicU32 = AtomicU32::new(1);
         ensure!(
-            geteuid().is_root(),
-            "network namespaces, cgroups and eBPF need root: run this as root"
-        );
-        ensure!(
             !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-'),
             "`{name}` can't name a bed: letters, digits and `-` only"
         );
-        mount_bpffs()?;
         let _order = lock_folder()?;
+        mount_bpffs()?;
         remove_dead(&living_beds()?)?;
         let sequence = SEQUENCE.fetch_add(1, Ordering::Relaxed);
         let bed = format!("{PREFIX}{name}-{}-{sequence}", process::id());
@@ -246,6 +242,10 @@ fn living_beds() -> Result<Vec<String>> {
 }
 
 fn lock_folder() -> Result<Flock<File>> {
+    ensure!(
+        geteuid().is_root(),
+        "network namespaces, cgroups and eBPF need root: run this as root"
+    );
     fs::create_dir_all(FOLDER).with_context(|| format!("folder {FOLDER}"))?;
     let path = Path::new(FOLDER).join("lock");
     let file = OpenOptions::new()

@@ -126,13 +126,13 @@ fn hash_folder(folder: &Path, hasher: &mut DefaultHasher) -> Result<()> {
             hash_folder(&path, hasher)?;
             continue;
         }
-        let content = match fs::read(&path) {
+        let bytes = match fs::read(&path) {
             // An editor's temporary file has come and gone.
             Err(error) if error.kind() == ErrorKind::NotFound => continue,
-            content => content.with_context(|| format!("reading {}", path.display()))?,
+            bytes => bytes.with_context(|| format!("reading {}", path.display()))?,
         };
         let below = path.strip_prefix(workspace::root()).unwrap_or(&path);
-        (below, content).hash(hasher);
+        (below, bytes).hash(hasher);
     }
     Ok(())
 }

@@ -1,10 +1,13 @@
-//! All that a developer of malla runs: `cargo xtask build-ebpf`.
+//! All that a developer of malla runs: `cargo xtask build-ebpf`, `test` and `demo`.
 //!
 //! What a step needs and the machine lacks is installed by it, with one line on what and why.
 
+mod demo;
 mod ebpf;
+mod interrupt;
 mod packages;
 mod shell;
+mod test;
 mod workspace;
 
 use anyhow::Result;
@@ -25,11 +28,28 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
+    /// Run everything that must hold on each change (as root)
+    Test {
+        /// Run what is too long for each change as well
+        #[arg(long)]
+        long: bool,
+        /// Run only the tests whose names contain this text
+        #[arg(long, value_name = "TEXT")]
+        filter: Option<String>,
+    },
+    /// Show a meshed voting application on two nodes, until Ctrl-C (as root)
+    Demo {
+        /// Run for a few seconds, and exit with 0 only if everything that it proves held
+        #[arg(long)]
+        once: bool,
+    },
 }
 
 fn main() -> Result<()> {
     match Arguments::parse().task {
         Task::BuildEbpf { check: true } => ebpf::check(),
         Task::BuildEbpf { check: false } => ebpf::build(),
+        Task::Test { long, filter } => test::run(long, filter.as_deref()),
+        Task::Demo { once } => demo::run(once),
     }
 }

@@ -1,0 +1,73 @@
+//! `cargo xtask demo`: a meshed application on two nodes, and the proof that it is meshed.
+
+mod proof;
+mod scene;
+mod table;
+
+use std::{
+    io::{IsTerminal, stdout},
+    time::Duration,
+};
+
+use anyhow::{Result, bail};
+use malla_testbed::leftovers;
+
+use crate::{ebpf, interrupt, packages, shell};
+use scene::Scene;
+use table::Table;
+
+/// How often the live table changes, in a terminal and elsewhere.
+const LIVE: Duration = Duration::from_secs(1);
+const LOGGED: Duration = Duration::from_secs(10);
+
+/// Shows the demo until Ctrl-C, or with `once` for a few seconds. An error where something of what
+/// it proves didn't hold.
+pub(crate) fn run(once: bool) -> Result<()> {
+    interrupt::catch()?;
+    packages::ensure(&["iproute2"], "making namespaces")?;
+    ebpf::build()?;
+    let programs = ["--package", "malla", "--package", "malla-demo"];
+    shell::run(shell::cargo().args(["build", "--quiet"]).args(programs))?;
+    for leftover in leftovers::remove()? {
+        println!("Removed what an earlier run has left: {leftover}.");
+    }
+
+    println!("Making two nodes, five pods and an agent on each node.");
+    let mut scene = Scene::set_up()?;
+    let failed = proof::show(&mut scene)?;
+    scene.print_guide();
+    show_table(&scene, once)?;
+    println!("Removing everything.");
+    drop(scene);
+    if failed > 0 {
+        bail!("{failed} of the claims above did not hold");
+    }
+    Ok(())
+}
+
+/// Shows who talks to whom: once, or until the end is asked for.
+fn show_table(scene: &Scene, once: bool) -> Result<()> {
+    if once {
+        println!("\n{}", Table::of(&scene.metrics()?));
+        return Ok(());
+    }
+    let in_place = stdout().is_terminal();
+    let mut lines = 0;
+    while !interrupt::requested() {
+        let text = format!(
+            "{}\n{}\n(Ctrl-C removes everything)\n",
+            Table::of(&scene.metrics()?),
+            scene.last_votes()
+        );
+        if in_place && lines > 0 {
+            // Up to where the last table began, and clear from there on.
+            print!("\x1b[{lines}A\x1b[J");
+        }
+        print!("\n{text}");
+        lines = text.lines().count() + 1;
+        let pause = if in_place { LIVE } else { LOGGED };
+        let _ = interrupt::wait_for("the next table", pause, || false);
+    }
+    println!();
+    Ok(())
+}

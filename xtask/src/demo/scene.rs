@@ -1,0 +1,176 @@
+//! The nodes, pods and programs of the demo.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use anyhow::Result;
+use malla_testbed::{Metrics, Node, Pod, PodSpec, Process, Testbed, binary};
+
+use crate::interrupt;
+
+const NAMESPACE: &str = "emojivoto";
+const WEB: u16 = 80;
+const EMOJI: u16 = 8081;
+const VOTING: u16 = 8082;
+
+/// Everything that the demo has made. Dropping it removes it.
+#[derive(Debug)]
+pub(super) struct Scene {
+    /// Ended before the bed: the rest of the application would complain about its end.
+    bot_process: Option<Process>,
+    services: Vec<Process>,
+    program: String,
+    pub(super) bot: Arc<Pod>,
+    pub(super) web: Arc<Pod>,
+    pub(super) emoji: Arc<Pod>,
+    pub(super) voting: Arc<Pod>,
+    /// Not part of the mesh.
+    pub(super) stranger: Arc<Pod>,
+    pub(super) a: Arc<Node>,
+    pub(super) b: Arc<Node>,
+    pub(super) bed: Testbed,
+}
+
+impl Scene {
+    /// Makes all of it; only the bot doesn't vote yet.
+    pub(super) fn set_up() -> Result<Self> {
+        let mut bed = Testbed::new("demo")?;
+        let (a, b) = (bed.node("a")?, bed.node("b")?);
+        let spec = |name: &str| PodSpec::new(name).namespace(NAMESPACE).account(name);
+        let bot = bed.pod(&a, spec("vote-bot"))?;
+        let web = bed.pod(&a, spec("web").port(WEB))?;
+        let emoji = bed.pod(&b, spec("emoji").port(EMOJI))?;
+        let voting = spec("voting").port(VOTING).settings("mtls: strict");
+        let voting = bed.pod(&b, voting)?;
+        let stranger = PodSpec::new("stranger").namespace("elsewhere").unmeshed();
+        let stranger = bed.pod(&b, stranger)?;
+        interrupt::check()?;
+        bed.start_agents()?;
+        let mut scene = Self {
+            bot_process: None,
+            services: Vec::new(),
+            program: binary("malla-demo")?.display().to_string(),
+            bot,
+            web,
+            emoji,
+            voting,
+            stranger,
+            a,
+            b,
+            bed,
+        };
+        scene.startservices()?;
+        interrupt::check()?;
+        Ok(scene)
+    }
+
+    fn startservices(&mut self) -> Result<()> {
+        let (emoji, voting) = (self.emoji_service(), self.voting_service());
+        let services = [
+            (
+                &self.emoji,
+                EMOJI,
+                vec!["emoji".to_owned(), EMOJI.to_string()],
+            ),
+            (
+                &self.voting,
+                VOTING,
+                vec!["voting".to_owned(), VOTING.to_string()],
+            ),
+            // The stranger's is for the control: what the mesh hides must be found there.
+            (
+                &self.stranger,
+                EMOJI,
+                vec!["emoji".to_owned(), EMOJI.to_string()],
+            ),
+            (
+                &self.web,
+                WEB,
+                vec![
+                    "web".to_owned(),
+                    WEB.to_string(),
+                    emoji.to_string(),
+                    voting.to_string(),
+                ],
+            ),
+        ];
+        for (pod, port, arguments) in services {
+            let service = pod.spawn([vec![self.program.clone()], arguments].concat())?;
+            self.services.push(service);
+            pod.wait_listening(port)?;
+        }
+        Ok(())
+    }
+
+    /// Lets the bot vote from now on.
+    pub(super) fn start_bot(&mut self) -> Result<()> {
+        let web = SocketAddr::new(self.web.v4().into(), WEB).to_string();
+        let bot = self.bot.spawn([self.program.as_str(), "bot", &web])?;
+        self.bot_process = Some(bot);
+        Ok(())
+    }
+
+    pub(super) fn emoji_service(&self) -> SocketAddr {
+        SocketAddr::new(self.emoji.v4().into(), EMOJI)
+    }
+
+    pub(super) fn voting_service(&self) -> SocketAddr {
+        SocketAddr::new(self.voting.v4().into(), VOTING)
+    }
+
+    pub(super) fn strangers_service(&self) -> SocketAddr {
+        SocketAddr::new(self.stranger.v4().into(), EMOJI)
+    }
+
+    /// The command line that sends one request to a service.
+    pub(super) fn question(&self, service: SocketAddr, line: &str) -> [String; 4] {
+        let ask = "ask".to_owned();
+        [
+            self.program.clone(),
+            ask,
+            service.to_string(),
+            line.to_owned(),
+        ]
+    }
+
+    /// What the bot has said so far.
+    pub(super) fn votes(&self) -> String {
+        self.bot_process
+            .as_ref()
+            .map(Process::log)
+            .unwrap_or_default()
+    }
+
+    /// The bot's last vote that was counted and its last that failed.
+    pub(super) fn last_votes(&self) -> String {
+        let votes = self.votes();
+        let last = |start: &str| {
+            let mut lines = votes.lines().rev();
+            lines
+                .find(|line| line.starts_with(start))
+                .unwrap_or_default()
+                .to_owned()
+        };
+        format!("{}\n{}", last("voted"), last("failed"))
+    }
+
+    /// The metrics of each agent.
+    pub(super) fn metrics(&self) -> Result<[Metrics; 2]> {
+        let [a, b] = [&self.a, &self.b].map(|node| self.bed.agent(node).metrics());
+        Ok([a?, b?])
+    }
+
+    /// Says where one may look.
+    pub(super) fn print_guide(&self) {
+        let inside = |node: &Node| format!("nsenter --net={}", node.netns().path().display());
+        let (a, wire) = (inside(&self.a), self.a.wire_to(&self.b));
+        let [address, _] = self.a.addresses();
+        println!(
+            "\nWhat to look at, in another terminal:\n  \
+             {a} tcpdump -ni {wire} -A        the wire between the nodes\n  \
+             {a} curl -s http://{address}:4191/metrics\n  \
+             {folder}/        the mesh's configuration and all logs\n\
+             The doughnut can't be voted for. Why?",
+            folder = self.bed.folder().display()
+        );
+    }
+}

@@ -6,6 +6,7 @@
 
 use aya_ebpf::{
     bindings::{bpf_sk_lookup, sk_action},
+    helpers::bpf_get_prandom_u32,
     macros::sk_lookup,
     programs::SkLookupContext,
 };
@@ -21,8 +22,8 @@ const IPPROTO_TCP: u32 = 6;
 const LOOPBACK: u32 = 1;
 /// Over this, a pair's worker is helped by one more.
 const BUSY_PERCENT: u32 = 70;
-/// Most workers that the connections of one pair spread over.
-const MAX_PAIR_WORKERS: u16 = 4;
+/// Most workers that the connections of one pair spread over, and that a choice is made among.
+const CHOICES: u16 = 4;
 
 const PASS: u32 = sk_action::SK_PASS;
 const DROP: u32 = sk_action::SK_DROP;
@@ -140,31 +141,31 @@ fn worker(flow: &Flow) -> u16 {
         source: flow.source,
         destination: flow.destination,
     };
+    let choices = if workers < CHOICES { workers } else { CHOICES };
     let Some(slots) = PAIRS.get_ptr_mut(pair) else {
-        let first = least_loaded(0, workers, workers);
+        // SAFETY: a plain helper call.
+        let start = unsafe { bpf_get_prandom_u32() } % u32::from(workers);
+        let first = least_loaded(start as u16, choices, workers);
         let _ = PAIRS.insert(pair, PairSlots { first, count: 1 }, 0);
         return first;
     };
     // SAFETY: the entry is two words; a lost update from another CPU only delays the growth.
     let slots = unsafe { &mut *slots };
     let best = least_loaded(slots.first, slots.count, workers);
-    let limit = if workers < MAX_PAIR_WORKERS {
-        workers
-    } else {
-        MAX_PAIR_WORKERS
-    };
-    if slots.count < limit && busy_percent(best) > BUSY_PERCENT {
+    if slots.count < choices && busy_percent(best) > BUSY_PERCENT {
         slots.count += 1;
         return (slots.first + slots.count - 1) % workers;
     }
     best
 }
 
+/// The least loaded of `count` workers from `first` on. A loop over all of them would be more than
+/// the verifier follows.
 #[inline(always)]
 fn least_loaded(first: u16, count: u16, workers: u16) -> u16 {
-    let mut best = first;
+    let mut best = first % workers;
     let mut least = u32::MAX;
-    for i in 0..MAX_WORKERS as u16 {
+    for i in 0..CHOICES {
         if i >= count {
             break;
         }

@@ -72,6 +72,24 @@ pub enum ProgramsError {
     Pin { path: PathBuf, source: io::Error },
 }
 
+/// The kernel's error, with the end of what the verifier says: the rest is its whole way there.
+fn refusal(error: &ProgramError) -> String {
+    const LINES: usize = 12;
+    let ProgramError::LoadError {
+        io_error,
+        verifier_log,
+    } = error
+    else {
+        return error.to_string();
+    };
+    let log = verifier_log.to_string();
+    let lines: Vec<&str> = log.lines().collect();
+    format!(
+        "{io_error}\n{}",
+        lines[lines.len().saturating_sub(LINES)..].join("\n")
+    )
+}
+
 /// Where a program is attached to an interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hook {

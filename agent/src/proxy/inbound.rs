@@ -11,7 +11,9 @@ use tokio::{net::TcpStream, task::spawn_local, time::timeout};
 use tokio_rustls::TlsAcceptor;
 
 use super::{
-    canonical, handshakes, hbone,
+    canonical,
+    coalesce::{Coalescing, Flusher, coalescing},
+    handshakes, hbone,
     record::{Ends, Record},
     relay::{self, Side},
     tunnel,
@@ -97,7 +99,13 @@ pub(super) async fn serve_mesh(worker: Rc<Worker>, pod: Rc<PodContext>, socket: 
     tunnel.serve(connection).await;
 }
 
-type Connection = h2::server::Connection<tokio_rustls::server::TlsStream<tunnel::Socket>, Bytes>;
+type Tls = tokio_rustls::server::TlsStream<tunnel::Socket>;
+
+/// An HTTP/2 connection and what sends its writes.
+struct Connection {
+    http: h2::server::Connection<Coalescing<Tls>, Bytes>,
+    flusher: Flusher<Tls>,
+}
 
 async fn shake_hands(
     worker: &Rc<Worker>,
@@ -126,17 +134,21 @@ async fn shake_hands(
         {
             return Err(Reason::IdentityMismatch);
         }
-        let connection = h2::server::Builder::new()
+        let (stream, flusher) = coalescing(tls);
+        let opening = h2::server::Builder::new()
             .initial_window_size(hbone::STREAM_WINDOW)
             .initial_connection_window_size(hbone::CONNECTION_WINDOW)
             .max_frame_size(hbone::MAX_FRAME)
             .max_header_list_size(hbone::MAX_HEADERS)
             .max_send_buffer_size(hbone::MAX_SEND_BUFFER)
             .max_concurrent_streams(hbone::MAX_STREAMS)
-            .handshake(tls)
+            .handshake(stream);
+        tokio::pin!(opening);
+        let http = flusher
+            .after(|cx| opening.as_mut().poll(cx))
             .await
             .map_err(|_| Reason::ProtocolError)?;
-        Ok((identity, connection))
+        Ok((identity, Connection { http, flusher }))
     };
     timeout(handshakes::TIMEOUT, handshake)
         .await
@@ -155,11 +167,12 @@ struct InboundTunnel {
 impl InboundTunnel {
     async fn serve(self: Rc<Self>, mut connection: Connection) {
         let _open = self.worker.metrics().tunnel_opened(Direction::Inbound);
-        let silent = tunnel::unanswered(connection.ping_pong());
+        let silent = tunnel::unanswered(connection.http.ping_pong());
+        let Connection { http, flusher } = &mut connection;
         tokio::pin!(silent);
         loop {
             let accepted = tokio::select! {
-                accepted = connection.accept() => accepted,
+                accepted = flusher.after(|cx| http.poll_accept(cx)) => accepted,
                 () = &mut silent => {
                     tracing::info!(peer = %self.peer, "a tunnel's peer is silent");
                     return;

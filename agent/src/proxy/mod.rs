@@ -4,6 +4,7 @@
 //! Nothing here is shared between workers but the mesh's snapshot, certificates and counters.
 
 mod accept;
+mod coalesce;
 mod handshakes;
 mod hbone;
 mod inbound;

@@ -25,6 +25,7 @@ use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    coalesce::coalescing,
     handshakes, hbone,
     worker::{PodContext, Worker},
 };
@@ -133,7 +134,8 @@ pub(super) async fn open(
             .connect(name, Socket::new(socket))
             .await
             .map_err(|error| reason_of(&error, Side::Client))?;
-        h2::client::Builder::new()
+        let (stream, flusher) = coalescing(tls);
+        let (requests, connection) = h2::client::Builder::new()
             .enable_push(false)
             .initial_window_size(hbone::STREAM_WINDOW)
             .initial_connection_window_size(hbone::CONNECTION_WINDOW)
@@ -141,12 +143,13 @@ pub(super) async fn open(
             .max_header_list_size(hbone::MAX_HEADERS)
             .max_send_buffer_size(hbone::MAX_SEND_BUFFER)
             .initial_max_send_streams(hbone::MAX_OWN_STREAMS)
-            .handshake::<_, Bytes>(tls)
+            .handshake::<_, Bytes>(stream)
             .await
             .map_err(|error| match reason_of(&error, Side::Client) {
                 Reason::TlsFailed => Reason::ProtocolError,
                 precise => precise,
-            })
+            })?;
+        Ok((requests, connection, flusher))
     };
     let shaken = match timeout(handshakes::TIMEOUT, handshake).await {
         Ok(shaken) => shaken,
@@ -156,7 +159,7 @@ pub(super) async fn open(
         Direction::Outbound,
         shaken.as_ref().map(|_| ()).map_err(|reason| *reason),
     );
-    let (requests, mut connection) = shaken?;
+    let (requests, mut connection, flusher) = shaken?;
 
     let ended = CancellationToken::new();
     let pings = connection.ping_pong();
@@ -169,7 +172,7 @@ pub(super) async fn open(
         let _ended = guard;
         let _open = open;
         tokio::select! {
-            result = connection => if let Err(error) = result {
+            result = flusher.after(|cx| Pin::new(&mut connection).poll(cx)) => if let Err(error) = result {
                 tracing::debug!(%error, peer = %address, "a tunnel broke");
             },
             () = unanswered(pings) => tracing::info!(peer = %address, "a tunnel's peer is silent"),

@@ -103,25 +103,29 @@ impl Row {
 
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "{:9} {:9} {:46} {:46} {:22} {:>5} {:>7} {:>9}",
-            "FROM", "TO", "CLIENT", "SERVER", "TLS", "OPEN", "OPENED", "KIB"
-        )?;
+        let heads = [
+            "FROM", "TO", "CLIENT", "SERVER", "TLS", "OPEN", "OPENED", "KIB",
+        ];
+        let mut lines = vec![heads.map(str::to_owned)];
         for ((from, to), row) in &self.0 {
-            let Counts {
-                open,
-                opened,
-                bytes,
-            } = row.counts();
-            writeln!(
-                f,
-                "{from:9} {to:9} {:46} {:46} {:22} {open:>5} {opened:>7} {:>9.1}",
-                or_dash(&row.client),
-                or_dash(&row.server),
+            let counts = row.counts();
+            lines.push([
+                from.clone(),
+                to.clone(),
+                or_dash(&row.client).to_owned(),
+                or_dash(&row.server).to_owned(),
                 row.security(),
-                bytes / 1024.0
-            )?;
+                counts.open.to_string(),
+                counts.opened.to_string(),
+                format!("{:.1}", counts.bytes / 1024.0),
+            ]);
+        }
+        let longest = |column: usize| lines.iter().map(|line| line[column].len()).max();
+        let widths: Vec<usize> = (0..heads.len()).filter_map(longest).collect();
+        for line in &lines {
+            let cells = line.iter().zip(&widths);
+            let cells = cells.map(|(cell, width)| format!("{cell:width$}"));
+            writeln!(f, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
         }
         Ok(())
     }
@@ -154,10 +158,7 @@ mod tests {
         assert!(row.is_encrypted);
         assert_eq!(row.security(), "mutual TLS");
         let text = table.to_string();
-        assert!(
-            text.ends_with("mutual TLS                 0       3       2.0\n"),
-            "{text}"
-        );
+        assert!(text.ends_with("mutual TLS  0     3       2.0\n"), "{text}");
         assert!(table.row("voting", "web").is_none());
     }
 }

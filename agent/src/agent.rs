@@ -184,6 +184,9 @@ impl Agent {
     }
 
     async fn apply(&mut self, changes: Changes) {
+        if changes.is_empty() {
+            return;
+        }
         for workload in changes.removed {
             self.withdraw(&workload).await;
         }
@@ -292,6 +295,7 @@ impl Agent {
 
     /// Takes no new connection and waits for those that live.
     async fn drain(&self, limit: Duration) {
+        self.steered.undo();
         self.workers.stop_accepting().await;
         let end = Instant::now() + limit;
         let mut ticks = tokio::time::interval(Duration::from_millis(20));

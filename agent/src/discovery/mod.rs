@@ -13,7 +13,7 @@ use tokio::{sync::watch, task::JoinHandle};
 
 use crate::model::Mesh;
 
-pub use diff::{Changed, Changes, changes};
+pub use diff::{Changes, changes};
 
 /// A running source. Dropping it ends the watching; receivers keep their last snapshot.
 #[derive(Debug)]

@@ -25,7 +25,7 @@ mod testing;
 mod tls;
 mod verify;
 
-pub(crate) use certificates::{Certificates, NoIdentity};
+pub(crate) use certificates::Certificates;
 pub(crate) use embedded::EmbeddedAuthority;
 pub(crate) use reason::reason_of;
 pub(crate) use verify::peer_identity;

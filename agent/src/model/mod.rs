@@ -147,9 +147,11 @@ impl Workload {
         self.meshed && self.netns.is_some()
     }
 
-    /// Whether a peer reaches `port` of this workload through its agent, under mutual TLS.
-    pub fn serves_mesh_on(&self, port: u16) -> bool {
-        self.meshed && !self.settings.skips_inbound_port(port)
+    /// Whether `client` reaches `port` of this workload through its agent, under mutual TLS.
+    pub fn serves_mesh_to(&self, client: IpAddr, port: u16) -> bool {
+        self.meshed
+            && !self.settings.skips_inbound_port(port)
+            && !self.settings.skips_inbound_from(client)
     }
 }
 

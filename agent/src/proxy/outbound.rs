@@ -47,7 +47,7 @@ pub(super) async fn serve(worker: Rc<Worker>, pod: Rc<PodContext>, mut client: T
             Reason::OwnListener,
         );
     }
-    let route = resolve(&mesh, destination);
+    let route = resolve(&mesh, source.ip(), destination);
     drop(mesh);
     let record = open_record(&worker, &pod, &route, source, destination);
     let carried = async {
@@ -103,9 +103,9 @@ fn is_own_listener(pod: &PodContext, mesh: &Mesh, destination: SocketAddr) -> bo
             .is_some_and(|workload| workload.meshed)
 }
 
-fn resolve(mesh: &Mesh, destination: SocketAddr) -> Route {
+fn resolve(mesh: &Mesh, client: IpAddr, destination: SocketAddr) -> Route {
     match mesh.workload_at(destination.ip()) {
-        Some(workload) if workload.serves_mesh_on(destination.port()) => {
+        Some(workload) if workload.serves_mesh_to(client, destination.port()) => {
             Route::Mesh(Arc::clone(workload))
         }
         Some(workload) if workload.meshed => {

@@ -83,7 +83,7 @@ impl Record {
         let reporter: &Arc<Workload> = &self.labels.reporter;
         let remote = self.labels.remote.as_deref();
         let proved = match &self.labels.security {
-            Security::MutualTls(identity) | Security::InMemory(identity) => Some(&**identity),
+            Security::MutualTls(identity) => Some(&**identity),
             Security::None(_) => None,
         };
         let own = proved.map(|_| &*reporter.identity);

@@ -25,9 +25,9 @@ use aya::maps::{Array, HashMap as BpfHashMap, MapData};
 use malla_common::{Counter, Flow, WorkerLoad};
 
 pub use dial::{DialError, OwnDial, end_orderly, to_app, to_network};
-pub use listeners::{ListenerPorts, PodListeners};
+pub use listeners::PodListeners;
 pub use netns::Netns;
-pub use pod::{EnrolError, Enrolment, Pod};
+pub use pod::{Enrolment, Pod};
 pub use programs::ProgramsError;
 
 use self::{netns::NetnsId, programs::Programs};
@@ -103,11 +103,6 @@ impl Steering {
             netns_owners: HashMap::new(),
             _log: reader,
         })
-    }
-
-    /// The agent's own network namespace.
-    pub fn home(&self) -> &Arc<Netns> {
-        &self.home
     }
 
     pub fn worker_handles(&self) -> Result<WorkerHandles, ProgramsError> {

@@ -52,7 +52,7 @@ pub enum ProgramsError {
     Load(#[from] aya::EbpfError),
     #[error("the eBPF object lacks {0}: build it again with `cargo xtask build-ebpf`")]
     Absent(&'static str),
-    #[error("the kernel refuses the eBPF program {name}: {source}")]
+    #[error("the kernel refuses the eBPF program {name}: {}", refusal(source))]
     Verify {
         name: &'static str,
         source: ProgramError,

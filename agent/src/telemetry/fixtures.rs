@@ -1,6 +1,6 @@
 //! What the tests of this module share.
 
-use crate::model::{Settings, Workload, WorkloadId};
+use crate::model::{Settings, SpiffeId, Workload, WorkloadId};
 
 /// A pod of that name, with a service account of the same name.
 pub(super) fn workload(name: &str) -> Workload {
@@ -10,8 +10,9 @@ pub(super) fn workload(name: &str) -> Workload {
             name: name.to_owned(),
         },
         identity: format!("spiffe://cluster.local/ns/emojivoto/sa/{name}")
-            .parse()
-            .unwrap(),
+            .parse::<SpiffeId>()
+            .unwrap()
+            .into(),
         node: "node-a".to_owned(),
         netns: None,
         addresses: Vec::new(),

@@ -26,8 +26,8 @@ use nix::errno::Errno;
 pub use access::{AccessRecord, Party, write_refusal};
 pub use admin::serve as serve_admin;
 pub use kernel::{KernelCount, Unit, Verdict};
-pub use logging::{DroppedLines, LogError, LogFormat, LogGuard, init as init_logging};
-pub use metrics::{Metrics, Role, TunnelMetrics};
+pub use logging::{LogFormat, init as init_logging};
+pub use metrics::{Metrics, Role};
 pub use readiness::{Readiness, ReadinessTask};
 pub use transport::{
     ConnectionLabels, ConnectionMetrics, Failure, NoTls, Peer, Security, WorkerMetrics,

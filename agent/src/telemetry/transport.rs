@@ -89,9 +89,6 @@ impl NoTls {
 pub enum Security {
     /// Mutual TLS with this identity.
     MutualTls(Arc<SpiffeId>),
-    /// Both ends are on this node, under this agent, which knows the other end to be this. No TLS,
-    /// since nothing leaves the process: `no_tls_reason="loopback"`, but with the identity.
-    InMemory(Arc<SpiffeId>),
     /// Plaintext.
     None(NoTls),
 }

@@ -11,6 +11,5 @@ mod schema;
 mod watch;
 
 pub use check::check;
-pub use error::{Error, Problem};
 pub use schema::json_schema;
 pub use watch::watch;

@@ -73,7 +73,6 @@ impl Key {
     pub(super) fn of(labels: &ConnectionLabels) -> Self {
         let (identity, no_tls) = match &labels.security {
             Security::MutualTls(identity) => (Some(&**identity), None),
-            Security::InMemory(identity) => (Some(&**identity), Some(NoTls::Loopback)),
             Security::None(why) => (None, Some(*why)),
         };
         Self {

@@ -17,7 +17,7 @@ fn outbound(remote: Option<&str>, security: Security) -> ConnectionLabels {
 }
 
 fn identity_of(name: &str) -> Arc<SpiffeId> {
-    Arc::new(workload(name).identity)
+    workload(name).identity
 }
 
 /// The samples of one family, as lines of the text format.

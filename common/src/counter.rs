@@ -49,6 +49,10 @@ impl Counter {
 
     /// Where this count stands in the array.
     #[inline(always)]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "there are a few dozen reasons"
+    )]
     pub const fn slot(self) -> u32 {
         let group = (self.direction as u32 * 2 + self.unit as u32) * 4 + self.outcome as u32;
         group * Reason::COUNT as u32 + self.reason as u32

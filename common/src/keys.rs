@@ -161,7 +161,10 @@ pub struct WorkerLoad {
 
 #[cfg(feature = "user")]
 mod user {
-    use super::*;
+    use super::{
+        Address, Flow, ListenerKey, NetRule, Pair, PairSlots, PodEntry, PortRule, SocketState,
+        WorkerLoad,
+    };
 
     macro_rules! pod {
         ($($type:ty),+) => {

@@ -53,7 +53,7 @@ pub(super) async fn serve_plaintext(
         destination,
         tunnelled: None,
     };
-    let record = Record::open(&worker, labels, ends);
+    let record = Record::open(&worker, labels, &ends);
     if workload.settings.mtls == MtlsMode::Strict {
         return record.close(Err(Reason::PlaintextRefused));
     }
@@ -215,7 +215,7 @@ impl InboundTunnel {
             destination: self.local,
             tunnelled: Some(destination),
         };
-        let record = Record::open(&self.worker, labels, ends);
+        let record = Record::open(&self.worker, labels, &ends);
         let mut receive = request.into_body();
         let carried = async {
             let dialled = dial(&self.worker, &self.pod, &workload, self.peer, destination).await;

@@ -141,7 +141,7 @@ fn open_record(
     Record::open(
         worker,
         labels,
-        Ends {
+        &Ends {
             client,
             destination: dialled,
             tunnelled,

@@ -19,7 +19,7 @@ use super::{
 use crate::{model::SpiffeId, telemetry::Failure};
 
 /// A tunnel that no stream uses for so long is closed.
-const UNUSED_LIMIT: Duration = Duration::from_secs(300);
+const UNUSED_LIMIT: Duration = Duration::from_mins(5);
 /// `sweep` looks at every this many calls.
 const SWEEP_EVERY: u32 = 50;
 

@@ -35,7 +35,7 @@ pub(super) struct Ends {
 }
 
 impl Record {
-    pub(super) fn open(worker: &Worker, labels: ConnectionLabels, ends: Ends) -> Self {
+    pub(super) fn open(worker: &Worker, labels: ConnectionLabels, ends: &Ends) -> Self {
         let metrics = worker.series.borrow_mut().open(&labels);
         Self {
             labels,

@@ -132,6 +132,7 @@ pub fn relay_options(socket: &Socket) -> io::Result<()> {
 
 /// Sets an integer option that socket2 has no method for.
 pub fn set_option(socket: &Socket, level: i32, name: i32, value: i32) -> io::Result<()> {
+    const LENGTH: libc::socklen_t = 4;
     // SAFETY: the value lives across the call and has the length that is passed.
     let answer = unsafe {
         libc::setsockopt(
@@ -139,7 +140,7 @@ pub fn set_option(socket: &Socket, level: i32, name: i32, value: i32) -> io::Res
             level,
             name,
             (&raw const value).cast(),
-            size_of::<i32>() as libc::socklen_t,
+            LENGTH,
         )
     };
     if answer == 0 {

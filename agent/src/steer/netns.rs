@@ -91,7 +91,7 @@ impl AsFd for Netns {
     }
 }
 
-/// The kind of namespace that `file` is; an error where it is none (ioctl_ns(2), Linux 4.11).
+/// The kind of namespace that `file` is; an error where it is none (`ioctl_ns(2)`, Linux 4.11).
 fn namespace_type(file: &File) -> io::Result<CloneFlags> {
     const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
     // SAFETY: the request takes no argument and only answers a number.

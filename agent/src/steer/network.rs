@@ -262,7 +262,7 @@ impl Network {
             };
             let mut rules = self.handle.rule().get(version).execute();
             while let Ok(Some(rule)) = rules.try_next().await {
-                if rule.header.table == STEER_TABLE as u8 {
+                if u32::from(rule.header.table) == STEER_TABLE {
                     let _ = self.handle.rule().del(rule).execute().await;
                 }
             }

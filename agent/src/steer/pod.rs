@@ -256,9 +256,12 @@ fn insert_listeners(
 ) -> Result<(), ProgramsError> {
     let map = &mut programs.maps().listeners;
     // Slot 0 says that all are there, so it comes last.
-    for (slot, set) in listeners.iter().enumerate().rev() {
-        // At most `MAX_WORKERS`.
-        let slot = slot as u16;
+    for (slot, set) in (0_u16..)
+        .zip(listeners)
+        .collect::<Vec<_>>()
+        .into_iter()
+        .rev()
+    {
         for (role, listener) in [
             (Role::Outbound, &set.outbound),
             (Role::Inbound, &set.inbound),

@@ -36,7 +36,7 @@ const CAPABILITIES: [(u32, &str); 4] = [
     (21, "CAP_SYS_ADMIN"),
 ];
 
-/// sk_lookup came with 5.9, socket storage for TC with 5.9, BPF ring buffers with 5.8; 5.15 is
+/// `sk_lookup` came with 5.9, socket storage for TC with 5.9, BPF ring buffers with 5.8; 5.15 is
 /// the oldest with all fixes that the programs rely on, 6.1 the oldest that is tested.
 const OLDEST: (u32, u32) = (6, 1);
 
@@ -113,7 +113,7 @@ mod tests {
     #[test]
     fn a_missing_capability_is_named() {
         assert!(capabilities("Name:\tx\nCapEff:\t000001ffffffffff\n").is_ok());
-        let without_bpf = format!("CapEff:\t{:016x}", u64::MAX & !(1 << 39));
+        let without_bpf = format!("CapEff:\t{:016x}", !(1_u64 << 39));
         let error = capabilities(&without_bpf).unwrap_err().to_string();
         assert!(error.contains("CAP_BPF"), "{error}");
     }

@@ -119,8 +119,8 @@ fn port_prefixes(range: PortRange) -> Vec<(u32, u16)> {
         };
         let fits = (last - port + 1).ilog2();
         let size = aligned.min(fits);
-        // Within the range of u16, whose ends bound it.
-        prefixes.push((16 - size, port as u16));
+        // Between the ends of the range, which are of this type.
+        prefixes.push((16 - size, u16::try_from(port).unwrap_or(u16::MAX)));
         port += 1 << size;
     }
     prefixes
@@ -142,8 +142,8 @@ mod tests {
         let mut ports: Vec<u16> = port_prefixes(range)
             .into_iter()
             .flat_map(|(bits, port)| {
-                let size = 1_u32 << (16 - bits);
-                (u32::from(port)..u32::from(port) + size).map(|port| port as u16)
+                let rest = u16::try_from((1_u32 << (16 - bits)) - 1).unwrap();
+                port..=port + rest
             })
             .collect();
         ports.sort_unstable();

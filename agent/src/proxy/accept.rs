@@ -58,12 +58,12 @@ async fn listen(worker: Rc<Worker>, pod: Rc<PodContext>, role: Listener, listene
 }
 
 fn start(worker: &Rc<Worker>, pod: &Rc<PodContext>, role: Listener, stream: TcpStream) {
-    let (worker, pod) = (Rc::clone(worker), Rc::clone(pod));
+    let (worker, context) = (Rc::clone(worker), Rc::clone(pod));
     match role {
-        Listener::Outbound => spawn_local(outbound::serve(worker, pod, stream)),
-        Listener::Inbound => spawn_local(inbound::serve_plaintext(worker, pod, stream)),
-        Listener::Mesh => spawn_local(inbound::serve_mesh(worker, pod, stream)),
-    };
+        Listener::Outbound => pod.spawn(outbound::serve(worker, context, stream)),
+        Listener::Inbound => pod.spawn(inbound::serve_plaintext(worker, context, stream)),
+        Listener::Mesh => pod.spawn(inbound::serve_mesh(worker, context, stream)),
+    }
 }
 
 fn label(role: Listener) -> Role {

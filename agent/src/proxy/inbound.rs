@@ -7,7 +7,7 @@ use h2::{RecvStream, server::SendResponse};
 use http::{Request, Response, StatusCode};
 use malla_common::Reason;
 use rustls::Side as TlsSide;
-use tokio::{net::TcpStream, task::spawn_local, time::timeout};
+use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::TlsAcceptor;
 
 use super::{
@@ -53,7 +53,7 @@ pub(super) async fn serve_plaintext(
         destination,
         tunnelled: None,
     };
-    let record = Record::open(&worker, labels, &ends);
+    let record = Record::open(&worker, &pod, labels, &ends);
     if workload.settings.mtls == MtlsMode::Strict {
         return record.close(Err(Reason::PlaintextRefused));
     }
@@ -67,10 +67,7 @@ pub(super) async fn serve_plaintext(
             .await
             .map_err(Failure::from)
     };
-    let result = tokio::select! {
-        result = carried => result,
-        () = pod.enrolled.cancelled() => Err(Reason::Withdrawn.into()),
-    };
+    let result = carried.await;
     record.close(result);
 }
 
@@ -172,16 +169,16 @@ impl InboundTunnel {
         tokio::pin!(silent);
         loop {
             let accepted = tokio::select! {
+                biased;
                 accepted = flusher.after(|cx| http.poll_accept(cx)) => accepted,
                 () = &mut silent => {
                     tracing::info!(peer = %self.peer, "a tunnel's peer is silent");
                     return;
                 }
-                () = self.pod.enrolled.cancelled() => return,
             };
             match accepted {
                 Some(Ok((request, respond))) => {
-                    spawn_local(Rc::clone(&self).carry(request, respond));
+                    self.pod.spawn(Rc::clone(&self).carry(request, respond));
                 }
                 Some(Err(error)) => {
                     tracing::debug!(peer = %self.peer, %error, "a tunnel broke");
@@ -215,7 +212,7 @@ impl InboundTunnel {
             destination: self.local,
             tunnelled: Some(destination),
         };
-        let record = Record::open(&self.worker, labels, &ends);
+        let record = Record::open(&self.worker, &self.pod, labels, &ends);
         let mut receive = request.into_body();
         let carried = async {
             let dialled = dial(&self.worker, &self.pod, &workload, self.peer, destination).await;
@@ -244,10 +241,7 @@ impl InboundTunnel {
             .await
             .map_err(Failure::from)
         };
-        let result = tokio::select! {
-            result = carried => result,
-            () = self.pod.enrolled.cancelled() => Err(Reason::Withdrawn.into()),
-        };
+        let result = carried.await;
         record.close(result);
     }
 

@@ -50,26 +50,20 @@ pub(super) async fn serve(worker: Rc<Worker>, pod: Rc<PodContext>, mut client: T
     let route = resolve(&mesh, source.ip(), destination);
     drop(mesh);
     let record = open_record(&worker, &pod, &route, source, destination);
-    let carried = async {
-        match &route {
-            Route::Mesh(workload) => {
-                through_mesh(
-                    &worker,
-                    &pod,
-                    workload,
-                    &mut client,
-                    source,
-                    destination,
-                    &record,
-                )
-                .await
-            }
-            Route::Plain(..) => plain(&worker, &pod, &mut client, destination, &record).await,
+    let result = match &route {
+        Route::Mesh(workload) => {
+            through_mesh(
+                &worker,
+                &pod,
+                workload,
+                &mut client,
+                source,
+                destination,
+                &record,
+            )
+            .await
         }
-    };
-    let result = tokio::select! {
-        result = carried => result,
-        () = pod.enrolled.cancelled() => Err(Reason::Withdrawn.into()),
+        Route::Plain(..) => plain(&worker, &pod, &mut client, destination, &record).await,
     };
     record.close(result);
 }
@@ -117,7 +111,7 @@ fn resolve(mesh: &Mesh, client: IpAddr, destination: SocketAddr) -> Route {
 
 fn open_record(
     worker: &Worker,
-    pod: &PodContext,
+    pod: &Rc<PodContext>,
     route: &Route,
     client: SocketAddr,
     destination: SocketAddr,
@@ -140,6 +134,7 @@ fn open_record(
     };
     Record::open(
         worker,
+        pod,
         labels,
         &Ends {
             client,

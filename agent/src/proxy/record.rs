@@ -1,10 +1,10 @@
 //! What is remembered of one connection: its metrics and, at its end, its line in the access log.
 
-use std::{cell::Cell, net::SocketAddr, sync::Arc, time::Instant};
+use std::{cell::Cell, net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
 
 use malla_common::Reason;
 
-use super::worker::Worker;
+use super::worker::{PodContext, Worker};
 use crate::{
     model::Workload,
     telemetry::{
@@ -14,9 +14,13 @@ use crate::{
 };
 
 /// A connection from when its ends are known.
+///
+/// Dropped without a word, its task was cut: with the pod's enrolment, or with the agent.
 pub(super) struct Record {
+    pod: Rc<PodContext>,
     labels: ConnectionLabels,
     metrics: ConnectionMetrics,
+    ended: Cell<bool>,
     client: SocketAddr,
     /// The address that was dialled.
     destination: SocketAddr,
@@ -35,11 +39,18 @@ pub(super) struct Ends {
 }
 
 impl Record {
-    pub(super) fn open(worker: &Worker, labels: ConnectionLabels, ends: &Ends) -> Self {
+    pub(super) fn open(
+        worker: &Worker,
+        pod: &Rc<PodContext>,
+        labels: ConnectionLabels,
+        ends: &Ends,
+    ) -> Self {
         let metrics = worker.series.borrow_mut().open(&labels);
         Self {
+            pod: Rc::clone(pod),
             labels,
             metrics,
+            ended: Cell::new(false),
             client: ends.client,
             destination: ends.destination,
             tunnelled: ends.tunnelled,
@@ -71,7 +82,11 @@ impl Record {
 
     /// Ends the record: in good order, or for a reason.
     pub(super) fn close(self, result: Result<(), impl Into<Failure>>) {
-        let failure: Option<Failure> = result.err().map(Into::into);
+        self.end(result.err().map(Into::into));
+    }
+
+    fn end(&self, failure: Option<Failure>) {
+        self.ended.set(true);
         self.log(failure.map(|failure| failure.reason));
         match failure {
             None => self.metrics.close(),
@@ -113,5 +128,13 @@ impl Record {
             error,
         }
         .write();
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        if !self.ended.get() {
+            self.end(Some(self.pod.cause_of_cut().into()));
+        }
     }
 }

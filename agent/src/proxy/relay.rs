@@ -126,6 +126,7 @@ pub(super) async fn tcp(
             client_writer,
         );
         tokio::select! {
+            biased;
             both = async { tokio::try_join!(up, down) } => { both?; }
             () = activity.ends() => return Err(End::Idle),
         }
@@ -151,6 +152,7 @@ pub(super) async fn tunnel(
         let up = into_stream(buffers, record, &activity, side, reader, send);
         let down = out_of_stream(record, &activity, side, writer, receive);
         tokio::select! {
+            biased;
             both = async { tokio::try_join!(up, down) } => both.map(|_| ()),
             () = activity.ends() => Err(End::Idle),
         }

@@ -18,7 +18,6 @@ use rustls::{Side, pki_types::ServerName};
 use tokio::{
     io::{AsyncRead, AsyncWrite, BufReader, ReadBuf},
     net::TcpStream,
-    task::spawn_local,
     time::timeout,
 };
 use tokio_rustls::TlsConnector;
@@ -163,20 +162,17 @@ pub(super) async fn open(
 
     let ended = CancellationToken::new();
     let pings = connection.ping_pong();
-    let (open, enrolled) = (
-        worker.metrics().tunnel_opened(Direction::Outbound),
-        pod.enrolled.clone(),
-    );
+    let open = worker.metrics().tunnel_opened(Direction::Outbound);
     let guard = ended.clone().drop_guard();
-    spawn_local(async move {
+    pod.spawn(async move {
         let _ended = guard;
         let _open = open;
         tokio::select! {
+            biased;
             result = flusher.after(|cx| Pin::new(&mut connection).poll(cx)) => if let Err(error) = result {
                 tracing::debug!(%error, peer = %address, "a tunnel broke");
             },
             () = unanswered(pings) => tracing::info!(peer = %address, "a tunnel's peer is silent"),
-            () = enrolled.cancelled() => {}
         }
     });
     Ok(Rc::new(Tunnel {

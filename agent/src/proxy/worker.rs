@@ -14,11 +14,11 @@ use std::{
 
 use anyhow::Context;
 use aya::maps::{Array, HashMap as BpfHashMap, MapData};
-use malla_common::{Flow, WorkerLoad};
+use malla_common::{Flow, Reason, WorkerLoad};
 use nix::time::{ClockId, clock_gettime};
 use tokio::{
     sync::{mpsc, watch},
-    task::LocalSet,
+    task::{JoinSet, LocalSet},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -170,14 +170,39 @@ pub(super) struct PodContext {
     workload: RefCell<Arc<Workload>>,
     /// Ends the listeners.
     pub(super) accepting: CancellationToken,
-    /// Ends the connections and tunnels.
-    pub(super) enrolled: CancellationToken,
+    /// Connections and tunnels. Aborted when the pod is withdrawn: a token would have to be looked
+    /// at whenever one of them wakes.
+    tasks: RefCell<JoinSet<()>>,
+    withdrawn: Cell<bool>,
 }
 
 impl PodContext {
     /// The workload with the settings that are in force now.
     pub(super) fn workload(&self) -> Arc<Workload> {
         Arc::clone(&self.workload.borrow())
+    }
+
+    /// Runs a connection or tunnel of this pod, until its end or the pod's.
+    pub(super) fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+        let mut tasks = self.tasks.borrow_mut();
+        tasks.spawn_local(task);
+        // Forgets those that have ended.
+        while tasks.try_join_next().is_some() {}
+    }
+
+    /// Why a connection of this pod that is cut ends.
+    pub(super) fn cause_of_cut(&self) -> Reason {
+        if self.withdrawn.get() {
+            Reason::Withdrawn
+        } else {
+            Reason::Shutdown
+        }
+    }
+
+    fn withdraw(&self) {
+        self.withdrawn.set(true);
+        self.accepting.cancel();
+        self.tasks.borrow_mut().abort_all();
     }
 }
 
@@ -229,7 +254,8 @@ impl Worker {
                     pod,
                     workload: RefCell::new(workload),
                     accepting: CancellationToken::new(),
-                    enrolled: CancellationToken::new(),
+                    tasks: RefCell::default(),
+                    withdrawn: Cell::new(false),
                 });
                 accept::serve(self, &context, listeners);
                 if let Some(old) = self.pods.borrow_mut().insert(id, context) {
@@ -245,8 +271,7 @@ impl Worker {
             }
             Command::Remove { pod } => {
                 if let Some(context) = self.pods.borrow_mut().remove(&pod) {
-                    context.accepting.cancel();
-                    context.enrolled.cancel();
+                    context.withdraw();
                 }
                 self.pool.remove_pod(pod);
             }

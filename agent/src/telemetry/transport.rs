@@ -221,7 +221,7 @@ impl fmt::Debug for WorkerMetrics {
 pub struct ConnectionMetrics {
     series: Arc<Series>,
     dialled: Cell<bool>,
-    closed: bool,
+    closed: Cell<bool>,
 }
 
 impl ConnectionMetrics {
@@ -230,7 +230,7 @@ impl ConnectionMetrics {
         Self {
             series,
             dialled: Cell::new(false),
-            closed: false,
+            closed: Cell::new(false),
         }
     }
 
@@ -252,17 +252,17 @@ impl ConnectionMetrics {
     }
 
     /// Both directions ended in good order.
-    pub fn close(mut self) {
+    pub fn close(&self) {
         self.end(None);
     }
 
     /// The connection was refused, reset or given up.
-    pub fn fail(mut self, failure: impl Into<Failure>) {
+    pub fn fail(&self, failure: impl Into<Failure>) {
         self.end(Some(failure.into()));
     }
 
-    fn end(&mut self, failure: Option<Failure>) {
-        if std::mem::replace(&mut self.closed, true) {
+    fn end(&self, failure: Option<Failure>) {
+        if self.closed.replace(true) {
             return;
         }
         if self.dialled.get() {

@@ -40,6 +40,7 @@ pub(super) async fn serve_plaintext(
     if pod.pod.listener_ports.contains(destination.port()) {
         return write_refusal(Direction::Inbound, source, destination, Reason::OwnListener);
     }
+    pod.pod.dial_ports.met_client(source.port());
     let workload = pod.workload();
     let labels = ConnectionLabels {
         direction: Direction::Inbound,

@@ -4,6 +4,7 @@
 //! the agent on purpose (links, maps, rules, routes) goes only by [`Enrolment::withdraw`].
 
 mod cgroup;
+mod diag;
 mod dial;
 mod ebpf_log;
 mod listeners;

@@ -159,9 +159,20 @@ impl Steering {
         let (listener_ports, listeners) = self.listen(&netns, workload)?;
         let taken = taken_ports(&netns, &self.home);
         let declared: Vec<u16> = workload.ports.iter().map(|port| port.port).collect();
-        let dial_ports = DialPorts::new(workload.settings.dial_ports, |port| {
-            listener_ports.contains(port) || declared.contains(&port) || taken.contains(&port)
-        });
+        let range = workload.settings.dial_ports;
+        let dial_ports = netns
+            .enter(&self.home, || {
+                DialPorts::new(range, |port| {
+                    listener_ports.contains(port)
+                        || declared.contains(&port)
+                        || taken.contains(&port)
+                })
+            })
+            .and_then(|result| result)
+            .map_err(|source| EnrolError::Netns {
+                path: path.to_owned(),
+                source,
+            })?;
         let pod = Arc::new(Pod {
             id,
             netns,

@@ -1,0 +1,163 @@
+//! Asking the kernel for one socket of a netns (`sock_diag(7)`).
+
+use std::{
+    io,
+    net::SocketAddr,
+    os::fd::{AsRawFd, OwnedFd},
+    sync::Mutex,
+};
+
+use malla_common::Address;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
+};
+
+/// From `linux/sock_diag.h`.
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const NLM_F_REQUEST: u16 = 1;
+const IPPROTO_TCP: u8 = 6;
+const TCP_TIME_WAIT: u8 = 6;
+const TCP_LISTEN: u8 = 10;
+/// Sizes of `struct nlmsghdr` and `struct inet_diag_req_v2`.
+const HEADER: usize = 16;
+const REQUEST: usize = 56;
+
+/// What holds a tuple.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Held {
+    /// No socket, or a listener.
+    No,
+    /// A connection that is over.
+    TimeWait,
+    /// A connection in any other state.
+    Connection,
+}
+
+/// A netlink socket in a pod's netns.
+#[derive(Debug)]
+pub struct SocketDiag(Mutex<OwnedFd>);
+
+impl SocketDiag {
+    /// Opens it in the calling thread's netns.
+    pub fn open() -> io::Result<Self> {
+        let fd = socket(
+            AddressFamily::Netlink,
+            SockType::Datagram,
+            SockFlag::SOCK_CLOEXEC,
+            SockProtocol::NetlinkSockDiag,
+        )?;
+        Ok(Self(Mutex::new(fd)))
+    }
+
+    /// What holds these two ends. [`Held::Connection`] where the kernel can't say: the caller then
+    /// takes another port.
+    pub fn find(&self, local: SocketAddr, remote: SocketAddr) -> Held {
+        self.ask(&request(local, remote))
+            .unwrap_or(Held::Connection)
+    }
+
+    fn ask(&self, request: &[u8]) -> io::Result<Held> {
+        // One question at a time: the next answer is this question's.
+        let fd = self
+            .0
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        send(fd.as_raw_fd(), request, MsgFlags::empty())?;
+        let mut answer = [0; 1024];
+        let length = recv(fd.as_raw_fd(), &mut answer, MsgFlags::empty())?;
+        Ok(held(&answer[..length]))
+    }
+}
+
+/// The exact question: `struct nlmsghdr`, `struct inet_diag_req_v2`.
+fn request(local: SocketAddr, remote: SocketAddr) -> [u8; HEADER + REQUEST] {
+    let mut bytes = [0; HEADER + REQUEST];
+    let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+    let length = u32::try_from(HEADER + REQUEST).unwrap_or(0);
+    put(0, &length.to_ne_bytes());
+    put(4, &SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+    put(6, &NLM_F_REQUEST.to_ne_bytes());
+    let family = if local.is_ipv4() {
+        libc::AF_INET
+    } else {
+        libc::AF_INET6
+    };
+    put(HEADER, &[u8::try_from(family).unwrap_or(0), IPPROTO_TCP]);
+    put(HEADER + 4, &u32::MAX.to_ne_bytes());
+    put(HEADER + 8, &local.port().to_be_bytes());
+    put(HEADER + 10, &remote.port().to_be_bytes());
+    put(HEADER + 12, &octets(local));
+    put(HEADER + 28, &octets(remote));
+    // No cookie: any socket.
+    put(HEADER + 48, &[0xff; 8]);
+    bytes
+}
+
+/// An address as the question has it: IPv4 in the first four of 16 bytes.
+fn octets(address: SocketAddr) -> [u8; 16] {
+    let octets = Address::from(address.ip()).octets();
+    if !address.is_ipv4() {
+        return octets;
+    }
+    let mut v4 = [0; 16];
+    v4[..4].copy_from_slice(&octets[12..]);
+    v4
+}
+
+/// What the answer describes; an error message says that there is no socket.
+fn held(answer: &[u8]) -> Held {
+    let kind = answer
+        .get(4..6)
+        .and_then(|kind| kind.try_into().ok())
+        .map(u16::from_ne_bytes);
+    if kind != Some(SOCK_DIAG_BY_FAMILY) {
+        return Held::No;
+    }
+    match answer.get(HEADER + 1) {
+        None | Some(&TCP_LISTEN) => Held::No,
+        Some(&TCP_TIME_WAIT) => Held::TimeWait,
+        Some(_) => Held::Connection,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    #[test]
+    fn a_connection_is_found_by_both_ends_and_a_listener_is_none() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = TcpListener::bind(address).unwrap();
+            let server = listener.local_addr().unwrap();
+            let diag = SocketDiag::open().unwrap();
+            let client = TcpStream::connect(server).unwrap();
+            let client_address = client.local_addr().unwrap();
+            assert_eq!(
+                diag.find(client_address, server),
+                Held::Connection,
+                "{address}"
+            );
+            assert_eq!(
+                diag.find(server, client_address),
+                Held::Connection,
+                "{address}"
+            );
+            let other = SocketAddr::new(server.ip(), 1);
+            assert_eq!(
+                diag.find(server, other),
+                Held::No,
+                "{address}: only the listener"
+            );
+            // The side that closes first keeps TIME_WAIT.
+            drop(client);
+            drop(listener.accept().unwrap());
+            assert_eq!(
+                diag.find(client_address, server),
+                Held::TimeWait,
+                "{address}"
+            );
+        }
+    }
+}

@@ -148,6 +148,13 @@ class Client:
         print(name, state, short)
 
 
+def answer_of(tls):
+    """Takes what the server says to bytes that it doesn't understand, until it closes."""
+    while tls.recv(hbone.READ):
+        pass
+    raise hbone.Refused("end of file")
+
+
 def digest(data):
     return hashlib.sha256(data).hexdigest()
 
@@ -176,6 +183,7 @@ def main():
     parser.add_argument("--anchors", required=True, help="PEM file of trust anchors")
     parser.add_argument("--certificate", help="path of .crt and .key without the ending")
     parser.add_argument("--alpn", default="h2", help="protocol to offer, `none` for none")
+    parser.add_argument("--raw", help="bytes to send inside TLS instead of all HTTP/2")
     options = parser.parse_args()
     alpn = () if options.alpn == "none" else (options.alpn,)
     context = hbone.context(True, options.anchors, options.certificate, alpn)
@@ -186,12 +194,15 @@ def main():
         tls = context.wrap_socket(raw)
         tls.settimeout(hbone.PATIENCE)
         print("tls", tls.version(), tls.selected_alpn_protocol())
+        if options.raw:
+            tls.sendall(options.raw.encode())
+            answer_of(tls)
         client = Client(tls)
         for line in sys.stdin:
             client.do(line.split())
     except hbone.Refused as refused:
         print("closed", refused)
-    except (hbone.ssl.SSLError, ConnectionError) as error:
+    except (hbone.ssl.SSLError, OSError) as error:
         print("closed", hbone.reason(error))
 
 

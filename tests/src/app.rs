@@ -1,24 +1,35 @@
 //! An app in a pod, made of a closure.
 
 use std::{
-    io::ErrorKind,
+    io::{self, ErrorKind},
     net::{Ipv6Addr, TcpListener, TcpStream},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::{self, JoinHandle},
     time::Duration,
 };
 
 use anyhow::{Context, Result, anyhow};
 
-use crate::{pod::Pod, wait::until};
+use crate::{pod::Pod, wait::eventually};
 
-/// How long an app waits for a client, and for each byte.
-const LIMIT: Duration = Duration::from_secs(20);
+/// How often an app looks for a client.
+const PAUSE: Duration = Duration::from_millis(2);
 
-/// An app that serves as many connections as it was told, each on a thread of its own.
+/// How long an app waits for a byte, or for room to write one.
+const STREAM_LIMIT: Duration = Duration::from_secs(20);
+
+/// How long [`App::results`] waits.
+const RESULTS_LIMIT: Duration = Duration::from_secs(30);
+
+/// An app that serves as many connections as it was told, each on a thread of its own. Dropping it
+/// ends its listening.
 #[derive(Debug)]
 pub struct App<T> {
-    thread: JoinHandle<Result<Vec<T>>>,
+    thread: Option<JoinHandle<Result<Vec<T>>>>,
+    stop: Arc<AtomicBool>,
 }
 
 impl<T: Send + 'static> App<T> {
@@ -32,40 +43,60 @@ impl<T: Send + 'static> App<T> {
         let listener = pod.enter(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)));
         let listener = listener.with_context(|| format!("listening on port {port}"))?;
         listener.set_nonblocking(true)?;
-        let serve = Arc::new(serve);
+        let (serve, stop) = (Arc::new(serve), Arc::new(AtomicBool::new(false)));
+        let stopped = Arc::clone(&stop);
         let thread = thread::spawn(move || {
             let mut serving = Vec::new();
-            for _ in 0..connections {
-                let stream = accept(&listener)?;
+            while serving.len() < connections {
+                let Some(stream) = accept(&listener, &stopped)? else {
+                    return Err(anyhow!("the app was stopped"));
+                };
                 let serve = Arc::clone(&serve);
                 serving.push(thread::spawn(move || serve(stream)));
             }
             let results = serving.into_iter().map(JoinHandle::join);
             results
-                .map(|result| result.map_err(|_| anyhow!("an app panicked")))
+                .map(|result| result.map_err(|_| anyhow!("the app panicked")))
                 .collect()
         });
-        Ok(Self { thread })
+        Ok(Self {
+            thread: Some(thread),
+            stop,
+        })
     }
 
     /// Waits until every connection is served: what the closure gave for each, in the order in
     /// which they came.
-    pub fn results(self) -> Result<Vec<T>> {
-        self.thread
-            .join()
-            .map_err(|_| anyhow!("an app panicked"))
-            .flatten()
+    pub fn results(mut self) -> Result<Vec<T>> {
+        let thread = self.thread.take().context("the app has ended")?;
+        let all_served = || thread.is_finished();
+        eventually("all connections of an app", RESULTS_LIMIT, all_served)?;
+        thread.join().map_err(|_| anyhow!("the app panicked"))?
     }
 }
 
-fn accept(listener: &TcpListener) -> Result<TcpStream> {
-    let accepted = until("a client of an app", LIMIT, || match listener.accept() {
-        Err(error) if error.kind() == ErrorKind::WouldBlock => None,
-        accepted => Some(accepted),
-    })?;
-    let (stream, _) = accepted.context("accepting a client")?;
-    stream.set_nonblocking(false)?;
-    stream.set_read_timeout(Some(LIMIT))?;
-    stream.set_write_timeout(Some(LIMIT))?;
-    Ok(stream)
+impl<T> Drop for App<T> {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The next client. None when the app is stopped.
+fn accept(listener: &TcpListener, stop: &AtomicBool) -> io::Result<Option<TcpStream>> {
+    loop {
+        match listener.accept() {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false)?;
+                stream.set_read_timeout(Some(STREAM_LIMIT))?;
+                stream.set_write_timeout(Some(STREAM_LIMIT))?;
+                return Ok(Some(stream));
+            }
+        }
+        if stop.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        thread::sleep(PAUSE);
+    }
 }

@@ -121,6 +121,7 @@ pub struct Client<'a> {
     pod: &'a Pod,
     certificate: Option<Issued>,
     alpn: &'static str,
+    raw: Option<String>,
 }
 
 impl<'a> Client<'a> {
@@ -131,6 +132,7 @@ impl<'a> Client<'a> {
             pod,
             certificate: None,
             alpn: "h2",
+            raw: None,
         }
     }
 
@@ -147,6 +149,13 @@ impl<'a> Client<'a> {
         self
     }
 
+    /// What it sends inside TLS instead of HTTP/2.
+    #[must_use]
+    pub fn saying(mut self, text: impl Into<String>) -> Self {
+        self.raw = Some(text.into());
+        self
+    }
+
     /// Opens a tunnel to the mesh port of `to` and does `steps` there, one a line, as
     /// `tests/peers/client.py` lists them. Returns the lines that it says.
     pub fn talk(&self, to: impl Into<IpAddr>, steps: &str) -> Result<Vec<String>> {
@@ -154,6 +163,9 @@ impl<'a> Client<'a> {
         command.extend(anchors(self.bed));
         command.extend(["--to".to_owned(), to.into().to_string()]);
         command.extend(["--alpn".to_owned(), self.alpn.to_owned()]);
+        if let Some(raw) = &self.raw {
+            command.extend(["--raw".to_owned(), raw.clone()]);
+        }
         if let Some(certificate) = &self.certificate {
             command.extend(certificate.argument());
         }

@@ -219,7 +219,7 @@ fn huge_headers_are_refused_and_the_tunnel_goes_on() {
 #[test]
 fn headers_without_end_cost_the_peer_its_tunnel_alone() {
     let world = World::new("peer-headers-end");
-    let said = world.talk("padded 1 APP 8000000\nstatus 1\nping\n");
+    let said = world.talk("padded 1 APP 1000000\nstatus 1\nping\n");
     let last = said.last().unwrap();
     assert!(last.starts_with("closed"), "{said:?}");
     let app = world.app(1, echo);

@@ -1,0 +1,356 @@
+//! Who speaks to whom: what the wire shows, what certificates say, and who is refused.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
+
+use std::{
+    io::{ErrorKind, Read, Write},
+    net::{Shutdown, SocketAddr, TcpStream},
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use malla_testbed::{
+    App, Hello, Link, Node, Pod, PodSpec, Testbed, eventually,
+    hbone::{self, Certificate, Client},
+    until,
+};
+
+const LIMIT: Duration = Duration::from_secs(20);
+const PORT: u16 = 8080;
+const MESH: u16 = 15008;
+const NEEDLE: &[u8] = b"nobody but the two apps shall read this; ";
+
+const TLS_1_3: u16 = 0x0304;
+const X25519_MLKEM768: u16 = 0x11ec;
+
+fn spiffe(account: &str) -> String {
+    format!("spiffe://cluster.local/ns/default/sa/{account}")
+}
+
+fn echo(mut stream: TcpStream) {
+    let mut received = Vec::new();
+    stream.read_to_end(&mut received).unwrap();
+    stream.write_all(&received).unwrap();
+}
+
+fn connect(from: &Pod, to: SocketAddr) -> TcpStream {
+    let stream = from.enter(|| TcpStream::connect_timeout(&to, LIMIT));
+    let stream = stream.unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    stream
+}
+
+/// Sends text through an echo on the other pod, which must come back.
+fn exchange(from: &Pod, to: &Pod) {
+    let app = App::start(to, PORT, 1, echo).unwrap();
+    let text = NEEDLE.repeat(500);
+    let mut stream = connect(from, (to.v4(), PORT).into());
+    stream.write_all(&text).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).unwrap();
+    assert!(answer == text);
+    app.results().unwrap();
+}
+
+/// How often inbound or outbound handshakes ended so.
+fn handshakes(bed: &Testbed, node: &Node, direction: &str, result: &str) -> f64 {
+    let metrics = bed.agent(node).metrics().unwrap();
+    let labels = [("direction", direction), ("result", result)];
+    metrics.sum("malla_handshakes_total", &labels)
+}
+
+#[test]
+fn between_two_agents_the_wire_carries_tls_only() {
+    let mut bed = Testbed::new("wire").unwrap().with_link(Link::CLEAN_WIRE);
+    let (a, b) = (bed.node("a").unwrap(), bed.node("b").unwrap());
+    let client = bed.pod(&a, PodSpec::new("client")).unwrap();
+    let server = bed.pod(&b, PodSpec::new("server")).unwrap();
+    let plain_client = bed.pod(&a, PodSpec::new("plain-client").unmeshed());
+    let plain_server = bed.pod(&b, PodSpec::new("plain-server").unmeshed());
+    bed.start_agents().unwrap();
+
+    let meshed = bed.capture_wire(&a, &b).unwrap();
+    exchange(&client, &server);
+    let tls = until("10 KiB in TLS each way", LIMIT, || {
+        let tls = meshed.tls();
+        (tls.encrypted > 20 * 1024).then_some(tls)
+    });
+    let tls = tls.unwrap();
+    assert_eq!(meshed.missed().unwrap(), 0);
+    assert!(!meshed.contains(NEEDLE));
+    assert!(tls.handshakes >= 1 && tls.other.is_empty(), "{tls:?}");
+    for packet in meshed.tcp() {
+        let ports = [packet.from.port(), packet.to.port()];
+        assert!(ports.contains(&MESH), "{ports:?}");
+    }
+
+    let control = bed.capture_wire(&a, &b).unwrap();
+    exchange(&plain_client.unwrap(), &plain_server.unwrap());
+    let seen = || control.contains(NEEDLE);
+    eventually("the text on an unmeshed wire", LIMIT, seen).unwrap();
+}
+
+#[test]
+fn two_agents_agree_on_tls_1_3_h2_and_a_post_quantum_key_exchange() {
+    let mut bed = Testbed::new("hellos").unwrap();
+    let (a, b) = (bed.node("a").unwrap(), bed.node("b").unwrap());
+    let client = bed.pod(&a, PodSpec::new("client")).unwrap();
+    let server = bed.pod(&b, PodSpec::new("server")).unwrap();
+    bed.start_agents().unwrap();
+    let capture = bed.capture_wire(&a, &b).unwrap();
+    exchange(&client, &server);
+    let hellos = until("both hellos", LIMIT, || {
+        let hellos = capture.tls().hellos;
+        (hellos.len() == 2).then_some(hellos)
+    });
+    let hellos = hellos.unwrap();
+    let (offers, chosen): (Vec<Hello>, Vec<Hello>) =
+        hellos.into_iter().partition(|hello| hello.is_client);
+    assert_eq!(offers[0].versions, [TLS_1_3]);
+    assert_eq!(offers[0].alpn, ["h2"]);
+    assert!(!offers[0].has_server_name);
+    assert_eq!(chosen[0].versions, [TLS_1_3]);
+    assert_eq!(chosen[0].groups, [X25519_MLKEM768]);
+}
+
+/// A strict pod `server` under an agent, and a pod whose mesh port no agent serves.
+struct World {
+    bed: Testbed,
+    node: Arc<Node>,
+    pod: Arc<Pod>,
+    stranger: Arc<Pod>,
+}
+
+impl World {
+    fn new(bed: Testbed) -> Self {
+        let mut bed = bed;
+        let (node, without_agent) = (bed.node("a").unwrap(), bed.node("b").unwrap());
+        let spec = PodSpec::new("pod").account("own");
+        let pod = bed.pod(&node, spec.settings("mtls: strict")).unwrap();
+        let spec = PodSpec::new("stranger").account("stranger");
+        let stranger = bed.pod(&without_agent, spec).unwrap();
+        bed.start_agent(&node).unwrap();
+        Self {
+            bed,
+            node,
+            pod,
+            stranger,
+        }
+    }
+
+    /// What a proper client is told of the certificate of a pod.
+    fn certificate_of(&self, pod: &Pod) -> Vec<String> {
+        let certificate = Certificate::of(spiffe("stranger")).issue(&self.bed).unwrap();
+        let client = Client::new(&self.bed, &self.stranger).with(&certificate);
+        let mut said = client.talk(pod.v4(), "certificate\n").unwrap();
+        assert_eq!(said.remove(0), "tls TLSv1.3 h2");
+        said
+    }
+}
+
+/// The value of a line `name value`.
+fn value<'a>(lines: &'a [String], name: &str) -> &'a str {
+    let found = lines.iter().find_map(|line| line.strip_prefix(name));
+    found.unwrap_or_else(|| panic!("no `{name}` in {lines:?}")).trim()
+}
+
+fn seconds_since_1970() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
+}
+
+#[test]
+fn a_pods_certificate_names_its_service_account_and_nothing_else() {
+    let mut world = World::new(Testbed::new("names").unwrap());
+    let spec = PodSpec::new("other").namespace("shop").account("till");
+    let other = world.bed.pod(&world.node, spec).unwrap();
+    let identity = "spiffe://cluster.local/ns/shop/sa/till";
+    let agent = world.bed.agent(&world.node);
+    agent.process().wait_for_log(identity, LIMIT).unwrap();
+    other.wait_listening(MESH).unwrap();
+
+    for (pod, uri) in [(&world.pod, &*spiffe("own")), (&other, identity)] {
+        let said = world.certificate_of(pod);
+        assert_eq!(value(&said, "uri"), uri);
+        assert_eq!(value(&said, "critical"), "True");
+        assert_eq!(value(&said, "subject"), "empty");
+        assert_eq!(value(&said, "purposes"), "client server");
+        assert_eq!(value(&said, "curve"), "secp256r1");
+        let (since, until) = (value(&said, "since"), value(&said, "until"));
+        let (since, until): (u64, u64) = (since.parse().unwrap(), until.parse().unwrap());
+        let now = seconds_since_1970();
+        assert!(since <= now && since + 300 > now, "valid since {since}");
+        let left = until - now;
+        assert!((86_000..=86_400).contains(&left), "valid for {left} s");
+    }
+}
+
+#[test]
+fn openssl_sees_a_chain_to_the_trust_anchor_and_is_asked_for_its_own() {
+    let world = World::new(Testbed::new("openssl").unwrap());
+    let anchors = hbone::identity_folder(&world.bed).join("ca.crt");
+    let (server, anchors) = (format!("{}:{MESH}", world.pod.v4()), anchors.display());
+    let line = format!("openssl s_client -brief -connect {server} -alpn h2 -CAfile {anchors}");
+    let output = world.stranger.command(line.split(' ')).output().unwrap();
+    let said = output.stdout + &output.stderr;
+    for part in [
+        "Protocol version: TLSv1.3",
+        "Signature type: ECDSA",
+        "Verification: OK",
+        "alert certificate required",
+    ] {
+        assert!(said.contains(part), "no `{part}` in {said}");
+    }
+}
+
+#[test]
+fn a_client_that_is_not_who_it_should_be_is_refused_by_name() {
+    let world = World::new(Testbed::new("clients").unwrap());
+    let own = || Certificate::of(spiffe("stranger"));
+    let foreign = "spiffe://elsewhere.example/ns/default/sa/stranger";
+    for (what, certificate, reason) in [
+        ("none", None, "no_certificate"),
+        ("expired", Some(own().expired()), "certificate_expired"),
+        (
+            "not yet valid",
+            Some(own().not_yet_valid()),
+            "certificate_expired",
+        ),
+        (
+            "another authority's",
+            Some(own().of_a_strange_authority()),
+            "untrusted_certificate",
+        ),
+        (
+            "a server's",
+            Some(own().for_servers_only()),
+            "untrusted_certificate",
+        ),
+        (
+            "of another trust domain",
+            Some(Certificate::of(foreign)),
+            "foreign_trust_domain",
+        ),
+        (
+            "without a name",
+            Some(Certificate::of_nobody()),
+            "foreign_trust_domain",
+        ),
+        (
+            "of no workload",
+            Some(Certificate::of("spiffe://cluster.local/stranger")),
+            "foreign_trust_domain",
+        ),
+        (
+            "not of this address",
+            Some(Certificate::of(spiffe("other"))),
+            "identity_mismatch",
+        ),
+    ] {
+        let mut client = Client::new(&world.bed, &world.stranger);
+        if let Some(certificate) = certificate {
+            client = client.with(&certificate.issue(&world.bed).unwrap());
+        }
+        let before = handshakes(&world.bed, &world.node, "inbound", reason);
+        let steps = format!("connect 1 {}:{PORT}\nstatus 1\n", world.pod.v4());
+        let said = client.talk(world.pod.v4(), &steps).unwrap();
+        let last = said.last().unwrap();
+        assert!(last.starts_with("closed"), "{what}: {said:?}");
+        eventually(&format!("{what}: {reason} counted"), LIMIT, || {
+            handshakes(&world.bed, &world.node, "inbound", reason) > before
+        })
+        .unwrap();
+    }
+    assert_eq!(value(&world.certificate_of(&world.pod), "uri"), spiffe("own"));
+}
+
+#[test]
+fn a_server_that_is_not_who_it_should_be_gets_no_byte() {
+    let world = World::new(Testbed::new("servers").unwrap());
+    let own = || Certificate::of(spiffe("stranger"));
+    let foreign = "spiffe://elsewhere.example/ns/default/sa/stranger";
+    for (what, certificate, reason) in [
+        (
+            "another workload's",
+            Certificate::of(spiffe("own")),
+            "identity_mismatch",
+        ),
+        (
+            "of another trust domain",
+            Certificate::of(foreign),
+            "foreign_trust_domain",
+        ),
+        ("expired", own().expired(), "certificate_expired"),
+        (
+            "another authority's",
+            own().of_a_strange_authority(),
+            "untrusted_certificate",
+        ),
+        (
+            "a client's",
+            own().for_clients_only(),
+            "untrusted_certificate",
+        ),
+        (
+            "without a name",
+            Certificate::of_nobody(),
+            "foreign_trust_domain",
+        ),
+    ] {
+        let certificate = certificate.issue(&world.bed).unwrap();
+        let server = hbone::serve(&world.bed, &world.stranger, &certificate, &[]).unwrap();
+        let before = handshakes(&world.bed, &world.node, "outbound", reason);
+        let mut stream = connect(&world.pod, (world.stranger.v4(), 7).into());
+        // Refused at any time from now on: the app may be told at the write or at the read.
+        let sent = stream.write_all(NEEDLE);
+        let ended = sent.and_then(|()| stream.read(&mut [0; 1]));
+        let error = ended.expect_err(what).kind();
+        assert!(
+            [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe].contains(&error),
+            "{what}: {error}"
+        );
+        let after = handshakes(&world.bed, &world.node, "outbound", reason);
+        assert!(after > before, "{what}: {reason} isn't counted");
+        assert!(!server.log().contains("request"), "{what}");
+    }
+    let certificate = own().issue(&world.bed).unwrap();
+    let _server = hbone::serve(&world.bed, &world.stranger, &certificate, &[]).unwrap();
+    let mut stream = connect(&world.pod, (world.stranger.v4(), 7).into());
+    stream.write_all(b"hello").unwrap();
+    stream.read_exact(&mut [0; 5]).unwrap();
+}
+
+#[test]
+fn certificates_are_renewed_without_touching_live_connections() {
+    let bed = Testbed::new("renewal").unwrap();
+    let world = World::new(bed.with_certificate_lifetime("10s"));
+    let certificate = Certificate::of(spiffe("stranger")).issue(&world.bed).unwrap();
+    let server = hbone::serve(&world.bed, &world.stranger, &certificate, &[]).unwrap();
+    let first = world.certificate_of(&world.pod);
+    let mut live = connect(&world.pod, (world.stranger.v4(), 7).into());
+    let mut beat = || {
+        live.write_all(b"beat").unwrap();
+        live.read_exact(&mut [0; 4]).unwrap();
+    };
+
+    let end: u64 = value(&first, "until").parse().unwrap();
+    let second = until("another certificate", LIMIT, || {
+        beat();
+        let now = world.certificate_of(&world.pod);
+        (value(&now, "serial") != value(&first, "serial")).then_some(now)
+    });
+    let second = second.unwrap();
+    assert_eq!(value(&second, "uri"), spiffe("own"));
+    assert!(seconds_since_1970() < end, "it was renewed after its end");
+    eventually("the first certificate's end", LIMIT, || {
+        beat();
+        seconds_since_1970() > end
+    })
+    .unwrap();
+    beat();
+    assert_eq!(server.log().matches("tunnel ").count(), 1);
+    world.certificate_of(&world.pod);
+    let metrics = world.bed.agent(&world.node).metrics().unwrap();
+    let renewed = metrics.sum("control_identity_cert_refreshes_total", &[("result", "ok")]);
+    assert!(renewed >= 2.0, "{renewed}");
+}

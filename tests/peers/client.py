@@ -4,7 +4,10 @@
     connect N AUTHORITY      opens connection N with a CONNECT
     request N METHOD AUTHORITY   another method
     padded N AUTHORITY SIZE  a CONNECT with SIZE bytes in a header
-    send N TEXT, fill N SIZE, end N, reset N CODE
+    churn AUTHORITY COUNT BATCH  opens COUNT connections, BATCH at a time, each reset at once
+    send N TEXT, end N, reset N CODE
+    queue N SIZE             sends SIZE bytes as the windows allow, meanwhile the next steps go on
+    fill N SIZE              the same, and waits until they are sent
     hold N, release N        withholds N's receive window, gives it
     ping                     waits for the answer
     certificate              what the server's certificate says
@@ -31,6 +34,7 @@ import hbone
 PURPOSES = {ExtendedKeyUsageOID.CLIENT_AUTH: "client", ExtendedKeyUsageOID.SERVER_AUTH: "server"}
 BASE = {"baggage": "k8s.pod.name=stranger", "forwarded": 'for="192.0.2.1:4000"'}
 QUIET = 0.5
+RESET = hbone.h2.errors.ErrorCodes.CANCEL
 
 
 class Client:
@@ -41,7 +45,7 @@ class Client:
         while not self.tunnel.has_settings:
             self.tunnel.step()
 
-    def open(self, name, method, authority, extra=None):
+    def open(self, name, method, authority, extra=None, write=True):
         number = self.tunnel.h2.get_next_available_stream_id()
         self.numbers[name] = number
         self.tunnel.stream(number)
@@ -50,7 +54,8 @@ class Client:
             headers += [(":scheme", "https"), (":path", "/")]
         headers += [*BASE.items(), *(extra or {}).items()]
         self.tunnel.h2.send_headers(number, headers, end_stream=method != "CONNECT")
-        self.tunnel.write()
+        if write:
+            self.tunnel.write()
 
     def do(self, words):
         step, *rest = words
@@ -80,10 +85,23 @@ class Client:
         self.tunnel.send(self.of(name)[0], " ".join(text).encode())
         self.tunnel.write()
 
-    def do_fill(self, name, size):
-        number, stream = self.of(name)
-        self.tunnel.send(number, b"x" * int(size))
+    def do_churn(self, authority, count, batch):
+        for _ in range(int(count) // int(batch)):
+            for _ in range(int(batch)):
+                self.open("churn", "CONNECT", authority, write=False)
+                self.tunnel.h2.reset_stream(self.numbers["churn"], RESET)
+            self.tunnel.write()
+            # The server may want to say that it is enough.
+            self.do_ping(tell=False)
+        print("churned")
+
+    def do_queue(self, name, size):
+        self.tunnel.send(self.of(name)[0], b"x" * int(size))
         self.tunnel.write()
+
+    def do_fill(self, name, size):
+        _, stream = self.of(name)
+        self.do_queue(name, size)
         self.wait(lambda: not stream.queue or stream.is_over)
 
     def do_end(self, name):
@@ -99,12 +117,13 @@ class Client:
     def do_release(self, name):
         self.tunnel.release(self.of(name)[0])
 
-    def do_ping(self):
+    def do_ping(self, tell=True):
         before = self.tunnel.pongs
         self.tunnel.h2.ping(b"12345678")
         self.tunnel.write()
         self.wait(lambda: self.tunnel.pongs > before)
-        print("pong")
+        if tell:
+            print("pong")
 
     def do_raw(self, *text):
         self.tls.sendall(" ".join(text).encode())

@@ -61,7 +61,7 @@ class Tunnel:
         self.streams = {}
         self.pongs = 0
         self.has_settings = False
-        self.is_closed = False
+        self.goaway = None
         self.h2.initiate_connection()
         if stream_limit is not None:
             code = h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS
@@ -120,8 +120,7 @@ class Tunnel:
         except (ssl.SSLError, ConnectionError) as error:
             raise Refused(reason(error)) from error
         if not data:
-            self.is_closed = True
-            raise Refused("end of file")
+            raise Refused(f"GOAWAY {self.goaway}" if self.goaway else "end of file")
         try:
             events = self.h2.receive_data(data)
         except h2.exceptions.ProtocolError as error:
@@ -146,7 +145,7 @@ class Tunnel:
         elif isinstance(event, h2.events.StreamReset):
             self.stream(event.stream_id).reset = code_name(event.error_code)
         elif isinstance(event, h2.events.ConnectionTerminated):
-            self.is_closed = True
+            self.goaway = code_name(event.error_code)
         if isinstance(event, (h2.events.WindowUpdated, h2.events.RemoteSettingsChanged)):
             for number in self.streams:
                 self.flush(number)

@@ -13,11 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{
-    bed::Testbed,
-    pod::Pod,
-    process::Process,
-};
+use crate::{bed::Testbed, pod::Pod, process::Process};
 
 const PYTHON: &str = "/usr/bin/python3";
 

@@ -5,7 +5,10 @@
 use std::{
     io::{ErrorKind, Read, Write},
     net::{IpAddr, Shutdown, TcpStream},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -76,9 +79,10 @@ fn echo(mut stream: TcpStream) {
     stream.write_all(&received).unwrap();
 }
 
-fn reset(stream: TcpStream) {
+/// Makes a connection end by a reset.
+fn linger_zero(stream: &TcpStream) {
     let linger = Some(Duration::ZERO);
-    SockRef::from(&stream).set_linger(linger).unwrap();
+    SockRef::from(stream).set_linger(linger).unwrap();
 }
 
 #[test]
@@ -136,7 +140,7 @@ fn a_reset_by_the_app_is_a_connect_error_of_the_stream() {
     let world = World::new("peer-rst-app");
     let app = world.app(1, |mut stream| {
         stream.read_exact(&mut [0; 5]).unwrap();
-        reset(stream);
+        linger_zero(&stream);
     });
     let said = world.talk("connect 1 APP\nsend 1 hello\nfinish 1\nping\n");
     assert_eq!(said[0].trim_end(), "1 reset CONNECT_ERROR");
@@ -178,11 +182,7 @@ fn what_is_no_connect_to_the_pod_is_refused_with_its_status() {
             400,
             "wrong_destination",
         ),
-        (
-            format!("connect 1 [::1]:{PORT}"),
-            400,
-            "wrong_destination",
-        ),
+        (format!("connect 1 [::1]:{PORT}"), 400, "wrong_destination"),
         (
             "connect 1 web.default.svc.cluster.local:80".to_owned(),
             400,
@@ -195,7 +195,11 @@ fn what_is_no_connect_to_the_pod_is_refused_with_its_status() {
     ] {
         let before = world.bed.agent(&world.node).log().len();
         let said = world.talk(&format!("{request}\nstatus 1\nping\n"));
-        assert_eq!(said, [format!("1 {status}"), "pong".to_owned()], "{request}");
+        assert_eq!(
+            said,
+            [format!("1 {status}"), "pong".to_owned()],
+            "{request}"
+        );
         eventually(&format!("{reason} in the log"), LIMIT, || {
             world.bed.agent(&world.node).log()[before..].contains(reason)
         })
@@ -234,7 +238,13 @@ fn one_tunnel_carries_150_connections_at_once() {
     let world = World::new("peer-many");
     let app = world.app(STREAMS, echo);
     let mut steps = String::new();
-    for step in ["connect N APP", "status N", "send N text-N", "end N", "finish N"] {
+    for step in [
+        "connect N APP",
+        "status N",
+        "send N text-N",
+        "end N",
+        "finish N",
+    ] {
         for number in 0..STREAMS {
             steps += &step.replace('N', &number.to_string());
             steps.push('\n');
@@ -276,4 +286,30 @@ fn a_stream_without_window_blocks_its_app_and_nobody_else() {
     assert!(said[4].starts_with("1 open 65535 "), "{said:?}");
     assert!(said[5].starts_with("1 end 33554432 "), "{said:?}");
     app.results().unwrap();
+}
+
+#[test]
+fn an_app_that_does_not_read_blocks_its_own_stream_alone() {
+    let world = World::new("peer-slow-app");
+    let is_read = AtomicBool::new(false);
+    let app = world.app(2, move |mut stream| {
+        let mut first = [0; 1];
+        stream.read_exact(&mut first).unwrap();
+        if &first == b"e" {
+            echo(stream);
+            is_read.store(true, Ordering::Relaxed);
+            return 0;
+        }
+        let other = || is_read.load(Ordering::Relaxed);
+        eventually("the other connection to be served", LIMIT, other).unwrap();
+        let mut rest = Vec::new();
+        stream.read_to_end(&mut rest).unwrap();
+        rest.len()
+    });
+    let steps = "connect 1 APP\nqueue 1 8388609\nend 1\nstatus 1\n\
+                 connect 2 APP\nsend 2 echo\nend 2\nfinish 2\nfinish 1\n";
+    let said = world.talk(steps);
+    assert_eq!(said[..2], ["1 200", "2 end cho"]);
+    assert_eq!(said[2].trim_end(), "1 end");
+    assert_eq!(app.results().unwrap(), [8 * BULK, 0]);
 }

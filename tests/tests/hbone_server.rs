@@ -66,9 +66,7 @@ impl World {
     }
 
     fn connect_to(&self, to: SocketAddr) -> TcpStream {
-        let connected = self
-            .client
-            .enter(|| TcpStream::connect_timeout(&to, LIMIT));
+        let connected = self.client.enter(|| TcpStream::connect_timeout(&to, LIMIT));
         let stream = connected.unwrap();
         stream.set_read_timeout(Some(LIMIT)).unwrap();
         stream.set_write_timeout(Some(LIMIT)).unwrap();
@@ -192,7 +190,9 @@ fn a_connect_without_an_answer_times_out_alone() {
 fn a_peer_that_gives_no_window_blocks_one_app_and_nobody_else() {
     let world = World::new("peer-out-window", &[]);
     let mut stalled = world.connect(STALL);
-    stalled.set_write_timeout(Some(Duration::from_secs(1))).unwrap();
+    stalled
+        .set_write_timeout(Some(Duration::from_secs(1)))
+        .unwrap();
     let mut sent = 0;
     // Until all buffers between this app and the peer are full.
     let blocked = loop {

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
 
 use std::{
+    fs,
     io::{ErrorKind, Read, Write},
     net::{Shutdown, SocketAddr, TcpStream},
     sync::Arc,
@@ -141,7 +142,9 @@ impl World {
 
     /// What a proper client is told of the certificate of a pod.
     fn certificate_of(&self, pod: &Pod) -> Vec<String> {
-        let certificate = Certificate::of(spiffe("stranger")).issue(&self.bed).unwrap();
+        let certificate = Certificate::of(spiffe("stranger"))
+            .issue(&self.bed)
+            .unwrap();
         let client = Client::new(&self.bed, &self.stranger).with(&certificate);
         let mut said = client.talk(pod.v4(), "certificate\n").unwrap();
         assert_eq!(said.remove(0), "tls TLSv1.3 h2");
@@ -152,11 +155,16 @@ impl World {
 /// The value of a line `name value`.
 fn value<'a>(lines: &'a [String], name: &str) -> &'a str {
     let found = lines.iter().find_map(|line| line.strip_prefix(name));
-    found.unwrap_or_else(|| panic!("no `{name}` in {lines:?}")).trim()
+    found
+        .unwrap_or_else(|| panic!("no `{name}` in {lines:?}"))
+        .trim()
 }
 
 fn seconds_since_1970() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap()
+        .as_secs()
 }
 
 #[test]
@@ -261,7 +269,10 @@ fn a_client_that_is_not_who_it_should_be_is_refused_by_name() {
         })
         .unwrap();
     }
-    assert_eq!(value(&world.certificate_of(&world.pod), "uri"), spiffe("own"));
+    assert_eq!(
+        value(&world.certificate_of(&world.pod), "uri"),
+        spiffe("own")
+    );
 }
 
 #[test]
@@ -321,10 +332,31 @@ fn a_server_that_is_not_who_it_should_be_gets_no_byte() {
 }
 
 #[test]
+fn the_access_log_names_no_identity_that_was_not_proved() {
+    let world = World::new(Testbed::new("unproved").unwrap());
+    let certificate = Certificate::of(spiffe("other")).issue(&world.bed).unwrap();
+    let _server = hbone::serve(&world.bed, &world.stranger, &certificate, &[]).unwrap();
+    let mut stream = connect(&world.pod, (world.stranger.v4(), 7).into());
+    stream.read(&mut [0; 1]).unwrap_err();
+    let agent = world.bed.agent(&world.node);
+    let line = until("the connection's line in the access log", LIMIT, || {
+        let log = agent.log();
+        let mut lines = log.lines().filter(|line| line.contains("\taccess\t"));
+        lines
+            .find(|line| line.contains("identity_mismatch"))
+            .map(str::to_owned)
+    });
+    let line = line.unwrap();
+    assert!(!line.contains("dst.identity"), "{line}");
+}
+
+#[test]
 fn certificates_are_renewed_without_touching_live_connections() {
     let bed = Testbed::new("renewal").unwrap();
     let world = World::new(bed.with_certificate_lifetime("10s"));
-    let certificate = Certificate::of(spiffe("stranger")).issue(&world.bed).unwrap();
+    let certificate = Certificate::of(spiffe("stranger"))
+        .issue(&world.bed)
+        .unwrap();
     let server = hbone::serve(&world.bed, &world.stranger, &certificate, &[]).unwrap();
     let first = world.certificate_of(&world.pod);
     let mut live = connect(&world.pod, (world.stranger.v4(), 7).into());
@@ -353,4 +385,31 @@ fn certificates_are_renewed_without_touching_live_connections() {
     let metrics = world.bed.agent(&world.node).metrics().unwrap();
     let renewed = metrics.sum("control_identity_cert_refreshes_total", &[("result", "ok")]);
     assert!(renewed >= 2.0, "{renewed}");
+}
+
+#[test]
+fn an_authority_that_fails_leaves_valid_certificates_in_use() {
+    let bed = Testbed::new("no-issuer").unwrap();
+    let world = World::new(bed.with_certificate_lifetime("10s"));
+    let folder = hbone::identity_folder(&world.bed);
+    // Made before, since this client's certificate is from the same issuer.
+    let certificate = Certificate::of(spiffe("stranger"))
+        .issue(&world.bed)
+        .unwrap();
+    let client = Client::new(&world.bed, &world.stranger).with(&certificate);
+    let serial = || {
+        let said = client.talk(world.pod.v4(), "certificate\n").unwrap();
+        value(&said, "serial").to_owned()
+    };
+    let first = serial();
+    let (key, hidden) = (folder.join("issuer.key"), folder.join("hidden"));
+    fs::rename(&key, &hidden).unwrap();
+    let agent = world.bed.agent(&world.node).process();
+    agent
+        .wait_for_log("the old one stays in use", LIMIT)
+        .unwrap();
+    agent.wait_for_log("issuer.key is missing", LIMIT).unwrap();
+    assert_eq!(serial(), first);
+    fs::rename(&hidden, &key).unwrap();
+    eventually("another certificate", LIMIT, || serial() != first).unwrap();
 }

@@ -96,7 +96,10 @@ fn a_bad_mesh_file_changes_nothing_and_says_what_is_wrong_where() {
     let broken = strict.replace("- name: plain\n", "- name: [plain\n");
     let unknown = strict.replace("- name: plain\n", "- name: plain\n  adresses: []\n");
     let twice = strict.replace(&format!("\"{server}\""), &format!("\"{client}\""));
-    let no_account = strict.replace("  serviceAccount: server\n", "  serviceAccount: \"no one\"\n");
+    let no_account = strict.replace(
+        "  serviceAccount: server\n",
+        "  serviceAccount: \"no one\"\n",
+    );
     for (file, line, says) in [
         (&broken, None, ""),
         (&unknown, Some(line_of(&unknown, "adresses")), "adresses"),
@@ -120,7 +123,10 @@ fn a_bad_mesh_file_changes_nothing_and_says_what_is_wrong_where() {
         let place = line.map_or("mesh.yaml:".to_owned(), |line| format!("mesh.yaml:{line}:"));
         world.agent_logs(log, &place);
         world.agent_logs(log, says);
-        assert!(world.is_served(&world.plain), "a bad file is in force:\n{file}");
+        assert!(
+            world.is_served(&world.plain),
+            "a bad file is in force:\n{file}"
+        );
         assert!(world.is_served(&world.client));
     }
     world.bed.write_mesh_text(&strict).unwrap();
@@ -153,7 +159,10 @@ fn a_pod_with_a_wrong_netns_is_refused_alone_and_by_name() {
     ] {
         let log = world.log_length();
         let (right, wrong) = (path.display().to_string(), wrong.display().to_string());
-        world.bed.write_mesh_text(&good.replace(&right, &wrong)).unwrap();
+        world
+            .bed
+            .write_mesh_text(&good.replace(&right, &wrong))
+            .unwrap();
         world.agent_logs(log, "can't enrol a workload");
         world.agent_logs(log, says);
         assert!(world.is_served(&world.client), "{wrong}");
@@ -175,7 +184,10 @@ fn an_expired_trust_anchor_is_named_and_a_new_one_is_taken_without_a_restart() {
     world.agent_logs(0, "expired at");
     assert!(!world.is_served(&world.client));
     world.agent_logs(0, "error=\"no_identity\"");
-    assert!(world.is_served(&world.plain), "plaintext needs no certificate");
+    assert!(
+        world.is_served(&world.plain),
+        "plaintext needs no certificate"
+    );
 
     hbone::write_anchor(&world.bed, 60, -3600).unwrap();
     let served = || world.is_served(&world.client);
@@ -199,19 +211,31 @@ fn a_wrong_command_line_ends_with_one_clear_message() {
         ("agent --config MESH --node b", "no node is named `b`"),
         ("agent --config MESH --node b", "[\"a\"]"),
         ("agent --config /no/such.yaml --node a", "/no/such.yaml"),
-        (&format!("agent --config {folder} --node a"), "not a regular file"),
+        (
+            &format!("agent --config {folder} --node a"),
+            "not a regular file",
+        ),
         ("agent --config MESH", "--node <NAME>"),
         ("agent --node a", "--config <FILE>"),
         ("agent --config MESH --node a --workers 0", "--workers <N>"),
-        ("agent --config MESH --node a --drain-limit 5", "--drain-limit <DURATION>"),
+        (
+            "agent --config MESH --node a --drain-limit 5",
+            "--drain-limit <DURATION>",
+        ),
         ("agent --config MESH --node a --log-ebpf loud", "debug"),
-        ("agent --config MESH --node a --log no=such=filter", "no=such=filter"),
+        (
+            "agent --config MESH --node a --log no=such=filter",
+            "no=such=filter",
+        ),
         ("agnet", "agent"),
         ("", "Usage"),
     ] {
         let output = malla(&world, arguments.trim());
         let Output { status, stderr, .. } = output;
-        assert!(matches!(status.code(), Some(1 | 2)), "{arguments}: {status}\n{stderr}");
+        assert!(
+            matches!(status.code(), Some(1 | 2)),
+            "{arguments}: {status}\n{stderr}"
+        );
         assert!(stderr.contains(says), "`{says}` isn't in: {stderr}");
         assert!(!stderr.contains("panicked"), "{stderr}");
     }
@@ -240,7 +264,14 @@ fn the_schema_takes_the_mesh_file_of_a_bed_and_refuses_an_unknown_field() {
     };
     world.bed.write_mesh().unwrap();
     assert_eq!(validate(), "");
-    let wrong = world.bed.mesh_yaml().replace("  mesh: enabled", "  mash: enabled");
+    let wrong = world
+        .bed
+        .mesh_yaml()
+        .replace("  mesh: enabled", "  mash: enabled");
     world.bed.write_mesh_text(&wrong).unwrap();
-    assert!(validate().contains("'mash' was unexpected"), "{}", validate());
+    assert!(
+        validate().contains("'mash' was unexpected"),
+        "{}",
+        validate()
+    );
 }

@@ -102,10 +102,14 @@ def say(*words):
     sys.stdout.flush()
 
 
-def serve(raw, context, stream_limit):
+def serve(raw, context, options):
     try:
         tls = context.wrap_socket(raw, server_side=True)
-        Server(tls, stream_limit).serve()
+        if options.raw:
+            tls.sendall(options.raw.encode())
+        while options.raw and tls.recv(hbone.READ):
+            pass
+        Server(tls, options.streams).serve()
     except hbone.Refused as refused:
         say("closed", refused)
     except Cut:
@@ -125,6 +129,7 @@ def main():
     parser.add_argument("--anchors", required=True, help="PEM file of trust anchors")
     parser.add_argument("--certificate", required=True, help="path of .crt and .key")
     parser.add_argument("--alpn", default="h2", help="protocol to choose, `none` for none")
+    parser.add_argument("--raw", help="bytes to send inside TLS instead of all HTTP/2")
     parser.add_argument("--streams", type=int, help="how many streams a tunnel may have")
     options = parser.parse_args()
     alpn = () if options.alpn == "none" else (options.alpn,)
@@ -135,7 +140,7 @@ def main():
     say("ready")
     while True:
         raw, _ = listener.accept()
-        arguments = (raw, context, options.streams)
+        arguments = (raw, context, options)
         threading.Thread(target=serve, args=arguments, daemon=True).start()
 
 

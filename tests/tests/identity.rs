@@ -1,17 +1,16 @@
-//! Who speaks to whom: what the wire shows, what certificates say, and who is refused.
+//! Who a pod is, and who it speaks with: what its certificate says, and which peers are refused.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
 
 use std::{
     fs,
     io::{ErrorKind, Read, Write},
-    net::{Shutdown, SocketAddr, TcpStream},
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use malla_testbed::{
-    App, Hello, Link, Node, Pod, PodSpec, Testbed, eventually,
+    Node, Pod, PodSpec, Testbed, eventually,
     hbone::{self, Certificate, Client},
     until,
 };
@@ -19,39 +18,9 @@ use malla_testbed::{
 const LIMIT: Duration = Duration::from_secs(20);
 const PORT: u16 = 8080;
 const MESH: u16 = 15008;
-const NEEDLE: &[u8] = b"nobody but the two apps shall read this; ";
-
-const TLS_1_3: u16 = 0x0304;
-const X25519_MLKEM768: u16 = 0x11ec;
 
 fn spiffe(account: &str) -> String {
     format!("spiffe://cluster.local/ns/default/sa/{account}")
-}
-
-fn echo(mut stream: TcpStream) {
-    let mut received = Vec::new();
-    stream.read_to_end(&mut received).unwrap();
-    stream.write_all(&received).unwrap();
-}
-
-fn connect(from: &Pod, to: SocketAddr) -> TcpStream {
-    let stream = from.enter(|| TcpStream::connect_timeout(&to, LIMIT));
-    let stream = stream.unwrap();
-    stream.set_read_timeout(Some(LIMIT)).unwrap();
-    stream
-}
-
-/// Sends text through an echo on the other pod, which must come back.
-fn exchange(from: &Pod, to: &Pod) {
-    let app = App::start(to, PORT, 1, echo).unwrap();
-    let text = NEEDLE.repeat(500);
-    let mut stream = connect(from, (to.v4(), PORT).into());
-    stream.write_all(&text).unwrap();
-    stream.shutdown(Shutdown::Write).unwrap();
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).unwrap();
-    assert!(answer == text);
-    app.results().unwrap();
 }
 
 /// How often inbound or outbound handshakes ended so.
@@ -59,60 +28,6 @@ fn handshakes(bed: &Testbed, node: &Node, direction: &str, result: &str) -> f64 
     let metrics = bed.agent(node).metrics().unwrap();
     let labels = [("direction", direction), ("result", result)];
     metrics.sum("malla_handshakes_total", &labels)
-}
-
-#[test]
-fn between_two_agents_the_wire_carries_tls_only() {
-    let mut bed = Testbed::new("wire").unwrap().with_link(Link::CLEAN_WIRE);
-    let (a, b) = (bed.node("a").unwrap(), bed.node("b").unwrap());
-    let client = bed.pod(&a, PodSpec::new("client")).unwrap();
-    let server = bed.pod(&b, PodSpec::new("server")).unwrap();
-    let plain_client = bed.pod(&a, PodSpec::new("plain-client").unmeshed());
-    let plain_server = bed.pod(&b, PodSpec::new("plain-server").unmeshed());
-    bed.start_agents().unwrap();
-
-    let meshed = bed.capture_wire(&a, &b).unwrap();
-    exchange(&client, &server);
-    let tls = until("10 KiB in TLS each way", LIMIT, || {
-        let tls = meshed.tls();
-        (tls.encrypted > 20 * 1024).then_some(tls)
-    });
-    let tls = tls.unwrap();
-    assert_eq!(meshed.missed().unwrap(), 0);
-    assert!(!meshed.contains(NEEDLE));
-    assert!(tls.handshakes >= 1 && tls.other.is_empty(), "{tls:?}");
-    for packet in meshed.tcp() {
-        let ports = [packet.from.port(), packet.to.port()];
-        assert!(ports.contains(&MESH), "{ports:?}");
-    }
-
-    let control = bed.capture_wire(&a, &b).unwrap();
-    exchange(&plain_client.unwrap(), &plain_server.unwrap());
-    let seen = || control.contains(NEEDLE);
-    eventually("the text on an unmeshed wire", LIMIT, seen).unwrap();
-}
-
-#[test]
-fn two_agents_agree_on_tls_1_3_h2_and_a_post_quantum_key_exchange() {
-    let mut bed = Testbed::new("hellos").unwrap();
-    let (a, b) = (bed.node("a").unwrap(), bed.node("b").unwrap());
-    let client = bed.pod(&a, PodSpec::new("client")).unwrap();
-    let server = bed.pod(&b, PodSpec::new("server")).unwrap();
-    bed.start_agents().unwrap();
-    let capture = bed.capture_wire(&a, &b).unwrap();
-    exchange(&client, &server);
-    let hellos = until("both hellos", LIMIT, || {
-        let hellos = capture.tls().hellos;
-        (hellos.len() == 2).then_some(hellos)
-    });
-    let hellos = hellos.unwrap();
-    let (offers, chosen): (Vec<Hello>, Vec<Hello>) =
-        hellos.into_iter().partition(|hello| hello.is_client);
-    assert_eq!(offers[0].versions, [TLS_1_3]);
-    assert_eq!(offers[0].alpn, ["h2"]);
-    assert!(!offers[0].has_server_name);
-    assert_eq!(chosen[0].versions, [TLS_1_3]);
-    assert_eq!(chosen[0].groups, [X25519_MLKEM768]);
 }
 
 /// A strict pod `server` under an agent, and a pod whose mesh port no agent serves.
@@ -138,6 +53,13 @@ impl World {
             pod,
             stranger,
         }
+    }
+
+    /// Whether the app's connection to the stranger is reset.
+    fn is_reset_when_dialling(&self) -> bool {
+        let connected = self.pod.connect((self.stranger.v4(), 7));
+        let read = connected.and_then(|mut stream| stream.read(&mut [0; 1]));
+        read.is_err_and(|error| error.kind() == ErrorKind::ConnectionReset)
     }
 
     /// What a proper client is told of the certificate of a pod.
@@ -311,22 +233,14 @@ fn a_server_that_is_not_who_it_should_be_gets_no_byte() {
         let certificate = certificate.issue(&world.bed).unwrap();
         let server = hbone::serve(&world.bed, &world.stranger, &certificate, &[]).unwrap();
         let before = handshakes(&world.bed, &world.node, "outbound", reason);
-        let mut stream = connect(&world.pod, (world.stranger.v4(), 7).into());
-        // Refused at any time from now on: the app may be told at the write or at the read.
-        let sent = stream.write_all(NEEDLE);
-        let ended = sent.and_then(|()| stream.read(&mut [0; 1]));
-        let error = ended.expect_err(what).kind();
-        assert!(
-            [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe].contains(&error),
-            "{what}: {error}"
-        );
+        assert!(world.is_reset_when_dialling(), "{what}");
         let after = handshakes(&world.bed, &world.node, "outbound", reason);
         assert!(after > before, "{what}: {reason} isn't counted");
         assert!(!server.log().contains("request"), "{what}");
     }
     let certificate = own().issue(&world.bed).unwrap();
     let _server = hbone::serve(&world.bed, &world.stranger, &certificate, &[]).unwrap();
-    let mut stream = connect(&world.pod, (world.stranger.v4(), 7).into());
+    let mut stream = world.pod.connect((world.stranger.v4(), 7)).unwrap();
     stream.write_all(b"hello").unwrap();
     stream.read_exact(&mut [0; 5]).unwrap();
 }
@@ -336,8 +250,7 @@ fn the_access_log_names_no_identity_that_was_not_proved() {
     let world = World::new(Testbed::new("unproved").unwrap());
     let certificate = Certificate::of(spiffe("other")).issue(&world.bed).unwrap();
     let _server = hbone::serve(&world.bed, &world.stranger, &certificate, &[]).unwrap();
-    let mut stream = connect(&world.pod, (world.stranger.v4(), 7).into());
-    stream.read(&mut [0; 1]).unwrap_err();
+    assert!(world.is_reset_when_dialling());
     let agent = world.bed.agent(&world.node);
     let line = until("the connection's line in the access log", LIMIT, || {
         let log = agent.log();
@@ -359,7 +272,7 @@ fn certificates_are_renewed_without_touching_live_connections() {
         .unwrap();
     let server = hbone::serve(&world.bed, &world.stranger, &certificate, &[]).unwrap();
     let first = world.certificate_of(&world.pod);
-    let mut live = connect(&world.pod, (world.stranger.v4(), 7).into());
+    let mut live = world.pod.connect((world.stranger.v4(), 7)).unwrap();
     let mut beat = || {
         live.write_all(b"beat").unwrap();
         live.read_exact(&mut [0; 4]).unwrap();

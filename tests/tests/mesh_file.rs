@@ -1,16 +1,15 @@
-//! Faults in what an agent is told: its mesh file, its netns paths, its authority, its command line.
+//! Faults in what an agent is told: its mesh file, the netns paths in it, its authority.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
 
 use std::{
     fs,
     io::{Read, Write},
-    net::TcpStream,
     sync::Arc,
     time::Duration,
 };
 
-use malla_testbed::{App, Node, Output, Pod, PodSpec, Testbed, binary, eventually, hbone};
+use malla_testbed::{App, Node, Pod, PodSpec, Testbed, eventually, hbone};
 
 const LIMIT: Duration = Duration::from_secs(20);
 const PORT: u16 = 8080;
@@ -55,12 +54,8 @@ impl World {
 
     /// Whether the server's app answers a client.
     fn is_served(&self, client: &Pod) -> bool {
-        let to = (self.server.v4(), PORT).into();
-        let connected = client.enter(|| TcpStream::connect_timeout(&to, LIMIT));
-        connected.is_ok_and(|mut stream| {
-            stream.set_read_timeout(Some(LIMIT)).unwrap();
-            stream.read_exact(&mut [0; 6]).is_ok()
-        })
+        let connected = client.connect((self.server.v4(), PORT));
+        connected.is_ok_and(|mut stream| stream.read_exact(&mut [0; 6]).is_ok())
     }
 
     fn reloads(&self, result: &str) -> f64 {
@@ -192,86 +187,4 @@ fn an_expired_trust_anchor_is_named_and_a_new_one_is_taken_without_a_restart() {
     hbone::write_anchor(&world.bed, 60, -3600).unwrap();
     let served = || world.is_served(&world.client);
     eventually("the new anchor to be in use", LIMIT, served).unwrap();
-}
-
-/// What an agent on the node says that is started by `arguments`.
-fn malla(world: &World, arguments: &str) -> Output {
-    let program = binary("malla").unwrap().display().to_string();
-    let mesh = world.bed.mesh_path().display().to_string();
-    let line = format!("{program} {arguments}").replace("MESH", &mesh);
-    world.node.command(line.split(' ')).output().unwrap()
-}
-
-#[test]
-fn a_wrong_command_line_ends_with_one_clear_message() {
-    let world = World::without_agent("bad-line");
-    world.bed.write_mesh().unwrap();
-    let folder = world.bed.folder().display().to_string();
-    for (arguments, says) in [
-        ("agent --config MESH --node b", "no node is named `b`"),
-        ("agent --config MESH --node b", "[\"a\"]"),
-        ("agent --config /no/such.yaml --node a", "/no/such.yaml"),
-        (
-            &format!("agent --config {folder} --node a"),
-            "not a regular file",
-        ),
-        ("agent --config MESH", "--node <NAME>"),
-        ("agent --node a", "--config <FILE>"),
-        ("agent --config MESH --node a --workers 0", "--workers <N>"),
-        (
-            "agent --config MESH --node a --drain-limit 5",
-            "--drain-limit <DURATION>",
-        ),
-        ("agent --config MESH --node a --log-ebpf loud", "debug"),
-        (
-            "agent --config MESH --node a --log no=such=filter",
-            "no=such=filter",
-        ),
-        ("agnet", "agent"),
-        ("", "Usage"),
-    ] {
-        let output = malla(&world, arguments.trim());
-        let Output { status, stderr, .. } = output;
-        assert!(
-            matches!(status.code(), Some(1 | 2)),
-            "{arguments}: {status}\n{stderr}"
-        );
-        assert!(stderr.contains(says), "`{says}` isn't in: {stderr}");
-        assert!(!stderr.contains("panicked"), "{stderr}");
-    }
-}
-
-/// Says what is wrong with a YAML file by a schema, both given as arguments.
-const VALIDATE: &str = "
-import json, sys, jsonschema, yaml
-schema, file = json.load(open(sys.argv[1])), yaml.safe_load(open(sys.argv[2]))
-validator = jsonschema.validators.validator_for(schema)
-validator.check_schema(schema)
-for error in validator(schema).iter_errors(file):
-    print(list(error.path), error.message)
-";
-
-#[test]
-fn the_schema_takes_the_mesh_file_of_a_bed_and_refuses_an_unknown_field() {
-    let world = World::without_agent("schema");
-    let schema = world.bed.folder().join("schema.json");
-    fs::write(&schema, malla(&world, "schema").stdout).unwrap();
-    let validate = || {
-        let (schema, mesh) = (&schema.display().to_string(), &world.bed.mesh_path());
-        let mesh = mesh.display().to_string();
-        let line = ["/usr/bin/python3", "-c", VALIDATE, schema, &mesh];
-        world.node.run(line).unwrap().stdout
-    };
-    world.bed.write_mesh().unwrap();
-    assert_eq!(validate(), "");
-    let wrong = world
-        .bed
-        .mesh_yaml()
-        .replace("  mesh: enabled", "  mash: enabled");
-    world.bed.write_mesh_text(&wrong).unwrap();
-    assert!(
-        validate().contains("'mash' was unexpected"),
-        "{}",
-        validate()
-    );
 }

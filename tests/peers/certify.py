@@ -85,7 +85,7 @@ def write_key(path, key):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", help="path of the files without .crt and .key")
-    parser.add_argument("--authority", type=pathlib.Path, help="folder of issuer.crt and issuer.key")
+    parser.add_argument("--authority", type=pathlib.Path, help="folder of the issuer's files")
     parser.add_argument("--uri", action="append", help="a name in the certificate")
     parser.add_argument("--since", type=float, default=60, help="seconds ago that it begins")
     parser.add_argument("--until", type=float, default=-3600, help="seconds ago that it ended")

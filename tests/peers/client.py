@@ -24,6 +24,7 @@ import datetime
 import hashlib
 import socket
 import sys
+import threading
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -167,6 +168,25 @@ class Client:
         print(name, state, short)
 
 
+def dribbling(raw, size):
+    """A socket whose bytes go to `raw` in pieces, and come from there."""
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    raw.settimeout(None)
+    near, far = socket.socketpair()
+
+    def carry(source, sink, size):
+        try:
+            while data := source.recv(size):
+                sink.sendall(data)
+        except OSError:
+            pass
+        sink.close()
+
+    for arguments in ((far, raw, size), (raw, far, hbone.READ)):
+        threading.Thread(target=carry, args=arguments, daemon=True).start()
+    return near
+
+
 def answer_of(tls):
     """Takes what the server says to bytes that it doesn't understand, until it closes."""
     while tls.recv(hbone.READ):
@@ -203,10 +223,13 @@ def main():
     parser.add_argument("--certificate", help="path of .crt and .key without the ending")
     parser.add_argument("--alpn", default="h2", help="protocol to offer, `none` for none")
     parser.add_argument("--raw", help="bytes to send inside TLS instead of all HTTP/2")
+    parser.add_argument("--dribble", type=int, help="send at most so many bytes a packet")
     options = parser.parse_args()
     alpn = () if options.alpn == "none" else (options.alpn,)
     context = hbone.context(True, options.anchors, options.certificate, alpn)
     raw = socket.create_connection((options.to, hbone.PORT), hbone.PATIENCE)
+    if options.dribble:
+        raw = dribbling(raw, options.dribble)
     # Each line is told at once: a test may wait for it.
     sys.stdout.reconfigure(line_buffering=True)
     try:

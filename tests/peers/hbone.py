@@ -57,7 +57,8 @@ class Tunnel:
             validate_inbound_headers=False,
         )
         self.tls = tls
-        self.tls.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if tls.family in (socket.AF_INET, socket.AF_INET6):
+            tls.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.h2 = h2.connection.H2Connection(config)
         self.streams = {}
         self.pongs = 0

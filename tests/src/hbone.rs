@@ -118,6 +118,7 @@ pub struct Client<'a> {
     certificate: Option<Issued>,
     alpn: &'static str,
     raw: Option<String>,
+    dribble: Option<usize>,
 }
 
 impl<'a> Client<'a> {
@@ -129,6 +130,7 @@ impl<'a> Client<'a> {
             certificate: None,
             alpn: "h2",
             raw: None,
+            dribble: None,
         }
     }
 
@@ -152,6 +154,13 @@ impl<'a> Client<'a> {
         self
     }
 
+    /// How many bytes it sends a packet at most.
+    #[must_use]
+    pub fn dribbling(mut self, bytes: usize) -> Self {
+        self.dribble = Some(bytes);
+        self
+    }
+
     /// Opens a tunnel to the mesh port of `to` and does `steps` there, one a line, as
     /// `tests/peers/client.py` lists them. Returns the lines that it says.
     pub fn talk(&self, to: impl Into<IpAddr>, steps: &str) -> Result<Vec<String>> {
@@ -159,6 +168,9 @@ impl<'a> Client<'a> {
         command.extend(anchors(self.bed));
         command.extend(["--to".to_owned(), to.into().to_string()]);
         command.extend(["--alpn".to_owned(), self.alpn.to_owned()]);
+        if let Some(bytes) = self.dribble {
+            command.extend(["--dribble".to_owned(), bytes.to_string()]);
+        }
         if let Some(raw) = &self.raw {
             command.extend(["--raw".to_owned(), raw.clone()]);
         }

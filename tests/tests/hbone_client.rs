@@ -107,6 +107,35 @@ fn data_flows_both_ways_over_both_families_and_the_app_sees_the_client() {
 }
 
 #[test]
+fn a_connect_over_ipv4_may_be_to_the_pods_ipv6_address() {
+    let world = World::new("peer-families");
+    let app = world.app(1, |stream| {
+        let client = stream.peer_addr().unwrap().ip();
+        echo(stream);
+        client
+    });
+    let own = world.server.v6();
+    let steps = format!("connect 1 [{own}]:{PORT}\nsend 1 hello\nend 1\nfinish 1\n");
+    assert_eq!(world.talk(&steps), ["1 end hello"]);
+    // The client has no address of that family: the pod's own stands for it.
+    assert_eq!(app.results().unwrap(), [own]);
+}
+
+#[test]
+fn a_client_that_sends_byte_by_byte_is_understood() {
+    let world = World::new("peer-dribble");
+    let app = world.app(2, echo);
+    let authority = format!("{}:{PORT}", world.server.v4());
+    for bytes in [1, 100] {
+        let client = Client::new(&world.bed, &world.stranger).with(&world.certificate);
+        let steps = format!("connect 1 {authority}\nsend 1 hello\nend 1\nfinish 1\n");
+        let said = client.dribbling(bytes).talk(world.server.v4(), &steps);
+        assert_eq!(said.unwrap(), ["tls TLSv1.3 h2", "1 end hello"]);
+    }
+    app.results().unwrap();
+}
+
+#[test]
 fn the_client_may_end_first_and_get_a_long_answer() {
     let world = World::new("peer-half");
     let app = world.app(1, |mut stream| {

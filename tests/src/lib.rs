@@ -27,10 +27,13 @@
 //! It needs root, cgroup v2 and the command `ip`; a bpffs is mounted where there is none.
 
 mod agent;
+mod app;
 mod bed;
 mod capture;
 mod cgroup;
 mod forwarder;
+pub mod hbone;
+mod hello;
 mod http;
 pub mod leftovers;
 mod link;
@@ -47,9 +50,11 @@ mod streams;
 mod wait;
 
 pub use agent::Agent;
+pub use app::App;
 pub use bed::Testbed;
 pub use capture::Capture;
 pub use forwarder::{Impairment, WireStats};
+pub use hello::Hello;
 pub use http::{Response, get};
 pub use link::Link;
 pub use metrics::{Metrics, Sample};

@@ -2,8 +2,8 @@
 
 use std::{
     ffi::OsStr,
-    fs,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -21,6 +21,9 @@ use crate::{
     spec::{Families, PodSpec},
     wait::eventually,
 };
+
+/// How long [`Pod::connect`] and what it returns wait.
+const STREAM_LIMIT: Duration = Duration::from_secs(20);
 
 /// A pod of a bed.
 #[derive(Debug)]
@@ -146,6 +149,18 @@ impl Pod {
         arguments: impl IntoIterator<Item = S>,
     ) -> Result<Process> {
         self.command(arguments).spawn()
+    }
+
+    /// Opens a connection from the pod. Connecting, reads and writes time out after 20 s.
+    ///
+    /// A connection that its agent resets at once may be told as an error here or by the first
+    /// read, as the kernel likes.
+    pub fn connect(&self, to: impl Into<SocketAddr>) -> io::Result<TcpStream> {
+        let to = to.into();
+        let stream = self.enter(|| TcpStream::connect_timeout(&to, STREAM_LIMIT))?;
+        stream.set_read_timeout(Some(STREAM_LIMIT))?;
+        stream.set_write_timeout(Some(STREAM_LIMIT))?;
+        Ok(stream)
     }
 
     /// Captures what passes the pod's first interface.

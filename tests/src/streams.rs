@@ -2,7 +2,10 @@
 
 use std::{collections::HashMap, net::SocketAddr};
 
-use crate::packet::{SYN, TcpPacket};
+use crate::{
+    hello::Hello,
+    packet::{SYN, TcpPacket},
+};
 
 /// One end of a TCP connection.
 pub type Endpoint = SocketAddr;
@@ -23,6 +26,8 @@ pub struct TlsSummary {
     pub handshakes: usize,
     /// Bytes in encrypted records.
     pub encrypted: usize,
+    /// What the hellos say that both ends send before they encrypt, in the order of their streams.
+    pub hellos: Vec<Hello>,
     /// Streams with bytes that aren't TLS records.
     pub other: Vec<(Endpoint, Endpoint)>,
 }
@@ -133,6 +138,7 @@ pub(crate) fn summarise_tls(streams: &[Stream]) -> TlsSummary {
         let encrypted = records.iter().filter(|r| r.kind == APPLICATION_DATA);
         let encrypted: usize = encrypted.map(|record| record.length).sum();
         summary.encrypted += encrypted;
+        summary.hellos.extend(Hello::parse(&stream.bytes));
         if let Some(hello) = records.first()
             && hello.kind == HANDSHAKE
             && encrypted > 0

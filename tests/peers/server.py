@@ -1,0 +1,148 @@
+#!/usr/bin/python3
+"""An HBONE server without apps behind it: the port in the authority says what it does.
+
+    7     echoes, and ends when the client has ended
+    9     takes bytes but gives no window for more
+    10    waits for the client's end, then answers 1 MiB and ends
+    11    says `bye`, ends, and takes what the client still sends
+    12    resets with CONNECT_ERROR after the first bytes
+    13    never answers
+    14    cuts the tunnel after the first bytes
+    other  answers with that status and ends
+
+It prints one line for each tunnel, for each request and for each stream that has ended.
+"""
+
+import argparse
+import socket
+import sys
+import threading
+
+import h2.errors
+import h2.events
+
+import hbone
+
+ECHO, STALL, ANSWER_LAST, END_FIRST, RESET, SILENCE, CUT = 7, 9, 10, 11, 12, 13, 14
+CARRIED = {ECHO, STALL, ANSWER_LAST, END_FIRST, RESET, CUT}
+ANSWER = b"a" * (1 << 20)
+
+
+class Cut(Exception):
+    """This end cuts the tunnel."""
+
+
+class Server:
+    """One tunnel."""
+
+    def __init__(self, tls, stream_limit):
+        self.tls = tls
+        self.tunnel = hbone.Tunnel(tls, is_client=False, stream_limit=stream_limit)
+        self.ports = {}
+
+    def serve(self):
+        identity = " ".join(hbone.names(hbone.peer_certificate(self.tls)))
+        say("tunnel", self.tls.version(), self.tls.selected_alpn_protocol(), identity)
+        while True:
+            for event in self.tunnel.step():
+                self.answer(event)
+            self.tunnel.write()
+
+    def answer(self, event):
+        if isinstance(event, h2.events.RequestReceived):
+            self.request(event.stream_id)
+        elif isinstance(event, h2.events.DataReceived):
+            self.data(event.stream_id, event.data)
+        elif isinstance(event, h2.events.StreamEnded):
+            self.client_ended(event.stream_id)
+        elif isinstance(event, h2.events.StreamReset):
+            self.tell_end(event.stream_id)
+
+    def request(self, number):
+        stream = self.tunnel.stream(number)
+        authority = stream.header(":authority")
+        port = int(authority.rpartition(":")[2])
+        self.ports[number] = port
+        names = [name for name, _ in stream.headers]
+        say("request", stream.header(":method"), authority, ",".join(names))
+        say("headers", *(f"{n}={v}" for n, v in stream.headers if not n.startswith(":")))
+        if port == SILENCE:
+            return
+        status = 200 if port in CARRIED else port
+        stream.holds = port == STALL
+        head = [(":status", str(status))]
+        self.tunnel.h2.send_headers(number, head, end_stream=port not in CARRIED)
+        if port == END_FIRST:
+            self.tunnel.send(number, b"bye", end=True)
+
+    def data(self, number, data):
+        port = self.ports[number]
+        if port == ECHO:
+            self.tunnel.send(number, data)
+        elif port == RESET:
+            self.tunnel.reset(number, h2.errors.ErrorCodes.CONNECT_ERROR)
+        elif port == CUT:
+            raise Cut
+
+    def client_ended(self, number):
+        if self.ports[number] in (ECHO, ANSWER_LAST):
+            answer = ANSWER if self.ports[number] == ANSWER_LAST else b""
+            self.tunnel.send(number, answer, end=True)
+        self.tell_end(number)
+
+    def tell_end(self, number):
+        stream = self.tunnel.stream(number)
+        how = f"reset {stream.reset}" if stream.reset else "end"
+        say("ended", self.ports.get(number), how, len(stream.received))
+
+
+def say(*words):
+    # One write a line, since tunnels have a thread each.
+    sys.stdout.write(" ".join(map(str, words)) + "\n")
+    sys.stdout.flush()
+
+
+def serve(raw, context, options):
+    try:
+        tls = context.wrap_socket(raw, server_side=True)
+        if options.raw:
+            tls.sendall(options.raw.encode())
+        while options.raw and tls.recv(hbone.READ):
+            pass
+        Server(tls, options.streams).serve()
+    except hbone.Refused as refused:
+        say("closed", refused)
+    except Cut:
+        raw_close(tls)
+    except (hbone.ssl.SSLError, ConnectionError) as error:
+        say("closed", hbone.reason(error))
+
+
+def raw_close(tls):
+    """Ends the tunnel without a word of HTTP/2."""
+    tls.shutdown(socket.SHUT_RDWR)
+    tls.close()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--anchors", required=True, help="PEM file of trust anchors")
+    parser.add_argument("--certificate", required=True, help="path of .crt and .key")
+    parser.add_argument("--alpn", default="h2", help="protocol to choose, `none` for none")
+    parser.add_argument("--raw", help="bytes to send inside TLS instead of all HTTP/2")
+    parser.add_argument("--streams", type=int, help="how many streams a tunnel may have")
+    options = parser.parse_args()
+    alpn = () if options.alpn == "none" else (options.alpn,)
+    context = hbone.context(False, options.anchors, options.certificate, alpn)
+    listener = socket.create_server(
+        ("::", hbone.PORT), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
+    )
+    say("ready")
+    while True:
+        raw, _ = listener.accept()
+        arguments = (raw, context, options)
+        threading.Thread(target=serve, args=arguments, daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+//! A malla pod reaches a server of another make, written from the description of HBONE alone.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
+
+use std::{
+    io::{self, ErrorKind, Read, Write},
+    net::{Shutdown, SocketAddr, TcpStream},
+    sync::Arc,
+    thread,
+    time::Duration,
+};
+
+use malla_testbed::{
+    Node, Pod, PodSpec, Process, Testbed, eventually,
+    hbone::{self, Certificate},
+};
+use socket2::SockRef;
+
+const LIMIT: Duration = Duration::from_secs(20);
+const BULK: usize = 1 << 20;
+
+// What the server does with a connection, by the port that is asked for.
+const ECHO: u16 = 7;
+const STALL: u16 = 9;
+const ANSWER_LAST: u16 = 10;
+const END_FIRST: u16 = 11;
+const RESET: u16 = 12;
+const SILENCE: u16 = 13;
+const CUT: u16 = 14;
+
+/// A pod under an agent, and one whose mesh port is served by something else.
+struct World {
+    bed: Testbed,
+    node: Arc<Node>,
+    client: Arc<Pod>,
+    peer: Arc<Pod>,
+    server: Process,
+}
+
+impl World {
+    fn new(name: &str, arguments: &[&str]) -> Self {
+        let mut bed = Testbed::new(name)
+            .unwrap()
+            .with_agent_arguments(["--workers", "1"]);
+        let (node, without_agent) = (bed.node("a").unwrap(), bed.node("b").unwrap());
+        let client = bed.pod(&node, PodSpec::new("client").account("front"));
+        let client = client.unwrap();
+        let peer = bed.pod(&without_agent, PodSpec::new("peer").account("peer"));
+        let peer = peer.unwrap();
+        bed.start_agent(&node).unwrap();
+        let certificate = Certificate::of("spiffe://cluster.local/ns/default/sa/peer");
+        let certificate = certificate.issue(&bed).unwrap();
+        let server = hbone::serve(&bed, &peer, &certificate, arguments).unwrap();
+        Self {
+            bed,
+            node,
+            client,
+            peer,
+            server,
+        }
+    }
+
+    /// A connection of the pod's app, over IPv4. It may only be one that isn't reset at once.
+    fn connect(&self, port: u16) -> TcpStream {
+        self.client.connect((self.peer.v4(), port)).unwrap()
+    }
+
+    fn server_says(&self, line: &str) {
+        self.server.wait_for_log(line, LIMIT).unwrap();
+    }
+
+    fn agent_logs(&self, text: &str) {
+        let what = format!("`{text}` in the agent's log");
+        let logs = || self.bed.agent(&self.node).log().contains(text);
+        eventually(&what, LIMIT, logs).unwrap();
+    }
+}
+
+/// Sends, ends, and returns what comes back.
+fn ask(mut stream: &TcpStream, bytes: &[u8]) -> Vec<u8> {
+    stream.write_all(bytes).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).unwrap();
+    answer
+}
+
+/// Whether the other end resets the connection, which may show while it is made.
+fn is_reset(stream: io::Result<TcpStream>) -> bool {
+    let read = stream.and_then(|mut stream| stream.read_to_end(&mut Vec::new()));
+    read.is_err_and(|error| error.kind() == ErrorKind::ConnectionReset)
+}
+
+#[test]
+fn a_connection_arrives_as_a_connect_under_the_pods_identity() {
+    let world = World::new("peer-out", &[]);
+    for address in world.peer.addresses() {
+        let stream = world.client.connect((*address, ECHO)).unwrap();
+        let client = stream.local_addr().unwrap();
+        assert_eq!(ask(&stream, b"hello"), b"hello");
+        let authority = SocketAddr::new(*address, ECHO);
+        // No scheme and no path: a plain CONNECT has none (RFC 9113, 8.5).
+        world.server_says(&format!(
+            "request CONNECT {authority} :method,:authority,baggage,forwarded,traceparent\n"
+        ));
+        world.server_says(&format!("forwarded=for=\"{client}\""));
+        world.server_says("baggage=k8s.namespace.name=default,k8s.pod.name=client");
+    }
+    world.server_says("tunnel TLSv1.3 h2 spiffe://cluster.local/ns/default/sa/front\n");
+    world.server_says("ended 7 end 5\n");
+}
+
+#[test]
+fn either_end_may_end_first_and_bytes_still_flow_the_other_way() {
+    let world = World::new("peer-out-half", &[]);
+    let answer = ask(&world.connect(ANSWER_LAST), b"question");
+    assert!(answer == vec![b'a'; BULK], "{} bytes came", answer.len());
+
+    let mut stream = world.connect(END_FIRST);
+    let mut said = Vec::new();
+    stream.read_to_end(&mut said).unwrap();
+    assert_eq!(said, b"bye");
+    stream.write_all(&vec![b'x'; BULK]).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    world.server_says("ended 11 end 1048576\n");
+}
+
+#[test]
+fn a_reset_stream_is_a_reset_for_the_app() {
+    let world = World::new("peer-out-rst", &[]);
+    let mut stream = world.connect(RESET);
+    stream.write_all(b"hello").unwrap();
+    assert!(is_reset(Ok(stream)));
+    assert_eq!(ask(&world.connect(ECHO), b"on"), b"on");
+}
+
+#[test]
+fn a_reset_by_the_app_is_a_connect_error_of_the_stream() {
+    let world = World::new("peer-out-rst-app", &[]);
+    let mut stream = world.connect(ECHO);
+    stream.write_all(b"hello").unwrap();
+    stream.read_exact(&mut [0; 5]).unwrap();
+    let linger = Some(Duration::ZERO);
+    SockRef::from(&stream).set_linger(linger).unwrap();
+    drop(stream);
+    world.server_says("ended 7 reset CONNECT_ERROR 5\n");
+}
+
+#[test]
+fn a_tunnel_that_is_cut_resets_its_apps_and_the_next_one_is_new() {
+    let world = World::new("peer-out-cut", &[]);
+    let other = world.connect(ECHO);
+    let mut stream = world.connect(CUT);
+    stream.write_all(b"hello").unwrap();
+    assert!(is_reset(Ok(stream)));
+    assert!(is_reset(Ok(other)));
+    world.agent_logs("error=\"tunnel_lost\"");
+    assert_eq!(ask(&world.connect(ECHO), b"on"), b"on");
+}
+
+#[test]
+fn a_refused_connect_is_a_reset_for_the_app() {
+    let world = World::new("peer-out-refused", &[]);
+    for status in [400, 401, 503] {
+        let connected = world.client.connect((world.peer.v4(), status));
+        assert!(is_reset(connected), "{status}");
+        world.server_says(&format!("request CONNECT {}:{status} ", world.peer.v4()));
+    }
+    world.agent_logs("error=\"peer_refused\"");
+}
+
+#[test]
+fn a_connect_without_an_answer_times_out_alone() {
+    let world = World::new("peer-out-silent", &[]);
+    let silent = world.connect(SILENCE);
+    assert_eq!(ask(&world.connect(ECHO), b"on"), b"on");
+    assert!(is_reset(Ok(silent)));
+    world.agent_logs("error=\"connect_timeout\"");
+}
+
+#[test]
+fn a_peer_that_gives_no_window_blocks_one_app_and_nobody_else() {
+    let world = World::new("peer-out-window", &[]);
+    let mut stalled = world.connect(STALL);
+    stalled
+        .set_write_timeout(Some(Duration::from_secs(1)))
+        .unwrap();
+    let mut sent = 0;
+    // Until all buffers between this app and the peer are full.
+    let blocked = loop {
+        match stalled.write(&vec![b'x'; BULK]) {
+            Ok(bytes) => sent += bytes,
+            Err(error) => break error.kind(),
+        }
+        assert!(sent < 32 * BULK, "nothing holds the app back");
+    };
+    assert_eq!(blocked, ErrorKind::WouldBlock);
+    thread::scope(|scope| {
+        for _ in 0..20 {
+            scope.spawn(|| assert_eq!(ask(&world.connect(ECHO), b"on"), b"on"));
+        }
+    });
+    world.server_says("tunnel ");
+    let tunnels = world.server.log().matches("tunnel ").count();
+    assert_eq!(tunnels, 1, "the others went through another tunnel");
+}
+
+#[test]
+fn a_peers_limit_of_streams_is_kept_and_more_connections_take_more_tunnels() {
+    let world = World::new("peer-out-limit", &["--streams", "3"]);
+    let mut open = Vec::new();
+    for _ in 0..10 {
+        let mut stream = world.connect(ECHO);
+        stream.write_all(b"hello").unwrap();
+        stream.read_exact(&mut [0; 5]).unwrap();
+        open.push(stream);
+    }
+    let log = world.server.log();
+    assert_eq!(log.matches("tunnel ").count(), 4, "{log}");
+    assert!(!log.contains("closed"), "{log}");
+}
+
+#[test]
+fn many_connections_share_few_tunnels_and_no_byte_is_mixed_up() {
+    let world = World::new("peer-out-many", &[]);
+    thread::scope(|scope| {
+        for number in 0..150_u8 {
+            let world = &world;
+            scope.spawn(move || {
+                let bytes = vec![number; 10_000];
+                assert!(ask(&world.connect(ECHO), &bytes) == bytes);
+            });
+        }
+    });
+    let tunnels = world.server.log().matches("tunnel ").count();
+    assert!(tunnels <= 3, "150 connections took {tunnels} tunnels");
+}

@@ -27,6 +27,7 @@
 //! It needs root, cgroup v2 and the command `ip`; a bpffs is mounted where there is none.
 
 mod agent;
+mod app;
 mod bed;
 mod capture;
 mod cgroup;
@@ -42,11 +43,13 @@ pub mod packet;
 mod pod;
 mod process;
 mod raw;
+mod sockets;
 mod spec;
 mod streams;
 mod wait;
 
 pub use agent::Agent;
+pub use app::{Caller, EchoApp, Fate, same_family, say};
 pub use bed::Testbed;
 pub use capture::Capture;
 pub use forwarder::{Impairment, WireStats};
@@ -58,6 +61,7 @@ pub use node::Node;
 pub use pod::Pod;
 pub use process::{Command, Output, Process, binary};
 pub use raw::RawSender;
+pub use sockets::{TcpSocket, TcpState};
 pub use spec::PodSpec;
 pub use streams::{Endpoint, Stream, TlsSummary};
 pub use wait::{eventually, until};

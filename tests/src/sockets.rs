@@ -24,8 +24,8 @@ pub enum TcpState {
 /// The sockets of the calling thread's network namespace. IPv4 on an IPv6 socket reads as IPv4.
 pub(crate) fn list() -> Vec<TcpSocket> {
     // Not /proc/net, which shows the namespace of the process, not of the thread.
-    let tables = ["tcp", "tcp6"]
-        .map(|table| fs::read_to_string(format!("/proc/thread-self/net/{table}")));
+    let tables =
+        ["tcp", "tcp6"].map(|table| fs::read_to_string(format!("/proc/thread-self/net/{table}")));
     let lines = tables.iter().flatten().flat_map(|table| table.lines());
     lines.filter_map(parse).collect()
 }
@@ -59,7 +59,10 @@ fn endpoint(text: &str) -> Option<SocketAddr> {
         }
         _ => return None,
     };
-    Some(SocketAddr::new(address, u16::from_str_radix(port, 16).ok()?))
+    Some(SocketAddr::new(
+        address,
+        u16::from_str_radix(port, 16).ok()?,
+    ))
 }
 
 #[cfg(test)]

@@ -260,7 +260,7 @@ fn an_app_that_was_never_told_of_its_agents_death_is_reset_at_its_next_write() {
             assert_eq!(say(stream, SECRET), Fate::Echoed);
         }
         let deaf = "table inet deaf { chain input { type filter hook input priority 0;\n\
-                    iif lo tcp flags & rst == rst drop\n} }";
+                    iif lo tcp flags & rst == rst drop\n}\n}\n";
         let nft = scene.client.command(["nft", "-f", "-"]);
         nft.input(deaf).run().unwrap();
         scene.bed.agent(&scene.a).kill9();

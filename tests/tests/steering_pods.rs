@@ -227,28 +227,58 @@ fn a_second_address_that_comes_later_works() {
     drop(wire);
 }
 
-#[test]
-fn link_local_destinations_are_carried() {
+/// A meshed client and server with an echoing app on one node, and a stranger with one beside them.
+fn neighbours() -> (Testbed, [Arc<Pod>; 3], [EchoApp; 2]) {
     let mut bed = Testbed::new("linklocal").unwrap();
     let node = bed.node("a").unwrap();
     let client = bed.pod(&node, PodSpec::new("client")).unwrap();
     let server = bed.pod(&node, PodSpec::new("server").port(PORT)).unwrap();
-    let stranger = bed.pod(&node, PodSpec::new("stranger").unmeshed()).unwrap();
+    let stranger = PodSpec::new("stranger").unmeshed();
+    let stranger = bed.pod(&node, stranger).unwrap();
     let apps = [&server, &stranger].map(|pod| pod.echo(PORT).unwrap());
     bed.start_agents().unwrap();
-    let calls = [
-        (&client, &stranger),
-        (&stranger, &server),
-        (&client, &server),
-    ];
-    for (from, to) in calls {
-        let address = scoped(link_local(to), from);
-        let fate = from.caller().patience(Duration::from_secs(3)).call(address);
-        assert_eq!(fate, Fate::Echoed, "{} to {}", from.name(), to.name());
+    (bed, [client, server, stranger], apps)
+}
+
+#[test]
+fn a_link_local_destination_is_reached_by_the_agent() {
+    let (bed, [client, server, stranger], _apps) = neighbours();
+    for to in [&stranger, &server] {
+        let address = scoped(link_local(to), &client);
+        let caller = client.caller().patience(Duration::from_secs(3));
+        assert_eq!(caller.call(address), Fate::Echoed, "{}", to.name());
     }
-    assert_eq!(apps.iter().map(EchoApp::accepted).sum::<usize>(), 3);
-    let metrics = bed.agent(&node).metrics().unwrap();
+    let metrics = bed.agent(client.node()).metrics().unwrap();
     assert!(metrics.syns("outbound", "steered", "meshed") >= 2.0);
+}
+
+#[test]
+fn a_link_local_stranger_reaches_a_permissive_app_by_its_agent() {
+    let (bed, [_, server, stranger], [app, _]) = neighbours();
+    let address = scoped(link_local(&server), &stranger);
+    let caller = stranger.caller().patience(Duration::from_secs(3));
+    assert_eq!(caller.call(address), Fate::Echoed);
+    assert_eq!(app.accepted(), 1);
+    let metrics = bed.agent(server.node()).metrics().unwrap();
+    assert!(metrics.syns("inbound", "steered", "meshed") >= 1.0);
+}
+
+#[test]
+fn a_link_local_stranger_does_not_reach_a_strict_app() {
+    let (bed, [_, server, stranger], [app, _]) = neighbours();
+    bed.change_settings(&server, "mtls: strict").unwrap();
+    let agent = bed.agent(server.node());
+    eventually("the change to be told", LIMIT, || {
+        agent.log().contains("settings changed")
+    })
+    .unwrap();
+    let address = scoped(link_local(&server), &stranger);
+    let fate = stranger
+        .caller()
+        .patience(Duration::from_secs(3))
+        .call(address);
+    assert!(matches!(fate, Fate::Reset | Fate::Refused), "{fate:?}");
+    assert_eq!(app.accepted(), 0);
 }
 
 /// Adds a workload to the mesh's file by hand, and waits until the agent says `what` of it.
@@ -314,16 +344,11 @@ fn the_hosts_netns_is_never_enrolled() {
 #[test]
 fn the_machines_first_netns_is_not_enrolled_from_another() {
     let scene = Scene::new();
-    // The agents of a bed live in namespaces of their own: this one is a stranger's to them.
+    // The agents of a bed live in namespaces of their own: that of the test is a stranger's.
     let said = "isn't in its netns";
     let address = "10.101.7.7".parse().unwrap();
-    add_by_hand(
-        &scene.bed,
-        &scene.a,
-        address,
-        Path::new("/proc/1/ns/net"),
-        said,
-    );
+    let netns = format!("/proc/{}/ns/net", std::process::id());
+    add_by_hand(&scene.bed, &scene.a, address, Path::new(&netns), said);
     for to in scene.server.addresses() {
         assert_eq!(scene.client.caller().call((*to, PORT)), Fate::Echoed);
     }

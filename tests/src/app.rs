@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
-use socket2::{Domain, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::netns::Netns;
 
@@ -160,6 +160,8 @@ pub struct Caller<'a> {
     bytes: &'a [u8],
     source: Option<SocketAddr>,
     mark: Option<u32>,
+    protocol: Option<Protocol>,
+    prepare: Option<fn(&Socket) -> io::Result<()>>,
     patience: Duration,
 }
 
@@ -170,6 +172,8 @@ impl<'a> Caller<'a> {
             bytes: b"hello",
             source: None,
             mark: None,
+            protocol: None,
+            prepare: None,
             patience: PATIENCE,
         }
     }
@@ -195,6 +199,20 @@ impl<'a> Caller<'a> {
         self
     }
 
+    /// The protocol of its socket, where that isn't plain TCP.
+    #[must_use]
+    pub fn speaking(mut self, protocol: Protocol) -> Self {
+        self.protocol = Some(protocol);
+        self
+    }
+
+    /// What it does to its socket before it connects.
+    #[must_use]
+    pub fn preparing(mut self, prepare: fn(&Socket) -> io::Result<()>) -> Self {
+        self.prepare = Some(prepare);
+        self
+    }
+
     /// How long it waits for the connection, and for each answer (10 s).
     #[must_use]
     pub fn patience(mut self, patience: Duration) -> Self {
@@ -205,7 +223,10 @@ impl<'a> Caller<'a> {
     /// Opens a connection.
     pub fn connect(&self, to: SocketAddr) -> io::Result<TcpStream> {
         self.netns.enter(|| {
-            let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+            let socket = Socket::new(Domain::for_address(to), Type::STREAM, self.protocol)?;
+            if let Some(prepare) = self.prepare {
+                prepare(&socket)?;
+            }
             if let Some(mark) = self.mark {
                 socket.set_mark(mark)?;
             }

@@ -14,7 +14,7 @@ use malla_testbed::{
     Caller, Capture, EchoApp, Fate, Metrics, Netns, Node, Pod, PodSpec, RawSender, TcpState,
     Testbed, eventually,
     packet::{self, TcpPacket},
-    say, until,
+    same_family, say, until,
 };
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -78,16 +78,18 @@ impl<'a> Stranger<'a> {
     }
 
     /// Opens a connection by `first`, the packets of its SYN, and sends a secret on it. Returns the
-    /// answer to the secret, or the reset that answered the SYN.
+    /// answer to the secret, or that to the SYN where it is no SYN-ACK: a reset, or the ACK of a
+    /// connection that has ended just now (RFC 9293 §3.10.7.4).
     fn talk(&self, syn: &TcpPacket, first: &[Vec<u8>]) -> TcpPacket {
         for packet in first {
             self.sender.send(packet).unwrap();
         }
         let next = syn.seq.wrapping_add(1);
         let answer = self.answer("an answer to a SYN", syn, |p| {
-            p.flags & (packet::SYN | packet::RST) != 0 && p.ack == next
+            let fits = p.flags & (packet::SYN | packet::RST) != 0 && p.ack == next;
+            fits || p.flags == packet::ACK
         });
-        if answer.flags & packet::RST != 0 {
+        if answer.flags & packet::SYN == 0 {
             return answer;
         }
         let ack = TcpPacket {
@@ -281,9 +283,13 @@ fn a_tuple_that_the_agent_used_towards_the_app_opens_nothing_to_a_stranger() {
         })
         .unwrap();
         let stranger = Stranger::new(&scene, scene.client.addresses());
-        for syn in spoofed_syns(&scene, 3_000_000_000) {
-            let answer = stranger.talk(&syn, &[syn.to_bytes()]);
-            assert_eq!(answer.flags & packet::RST, packet::RST);
+        // One of the two numbers is after those of the connection that has ended.
+        for seq in [1_000_000_000, 3_147_483_648] {
+            for syn in spoofed_syns(&scene, seq) {
+                let answer = stranger.talk(&syn, &[syn.to_bytes()]);
+                let opened = answer.flags & packet::RST == 0 && answer.flags != packet::ACK;
+                assert!(!opened && answer.payload.is_empty(), "{answer:?}");
+            }
         }
         assert_eq!(scene.app.accepted(), 2);
     }
@@ -390,6 +396,51 @@ fn udp_and_icmp_pass() {
             .run(["ping", "-c", "1", "-W", "5", "-s", "4000", &to])
             .unwrap();
     }
+}
+
+/// SYNs from the client's own addresses that no socket of the client's kernel has sent.
+fn send_unowned_syns(scene: &Scene) {
+    let sender = scene.client.raw_sender().unwrap();
+    for to in scene.server.addresses() {
+        let from = same_family(scene.client.addresses(), *to).unwrap();
+        let syn = TcpPacket::syn((from, 1234).into(), (*to, PORT).into(), 1);
+        sender.send(&syn.to_bytes()).unwrap();
+    }
+}
+
+#[test]
+fn a_syn_without_a_socket_is_refused_by_default() {
+    let scene = Scene::new("", "");
+    let interface = scene.client.capture().unwrap();
+    send_unowned_syns(&scene);
+    let refused = scene.metrics(&scene.a);
+    let refused = refused.syns("outbound", "refused", "forwarded");
+    assert!(refused >= 2.0, "{refused}");
+    let packets = interface.tcp();
+    assert!(
+        packets.iter().all(|p| p.flags & packet::RST != 0),
+        "{packets:?}"
+    );
+}
+
+#[test]
+fn a_syn_without_a_socket_is_steered_where_nested_ones_are_allowed() {
+    let scene = Scene::new("nested: allow", "");
+    let loopback = Capture::start(scene.client.netns(), "lo").unwrap();
+    send_unowned_syns(&scene);
+    let answers = |packets: &[TcpPacket]| {
+        let both = packet::SYN | packet::ACK;
+        let answers = packets.iter().filter(|p| p.flags & both == both);
+        answers
+            .filter(|p| p.from.port() == PORT && p.to.port() == 1234)
+            .count()
+    };
+    let what = "the agent's answers for both families";
+    loopback
+        .wait_for(what, LIMIT, |packets| answers(packets) >= 2)
+        .unwrap();
+    let steered = scene.metrics(&scene.a);
+    assert!(steered.syns("outbound", "steered", "meshed") >= 2.0);
 }
 
 /// A network namespace inside a pod, whose packets the pod forwards under its own address.

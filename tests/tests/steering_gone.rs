@@ -282,3 +282,31 @@ fn an_app_that_was_never_told_of_its_agents_death_is_reset_at_its_next_write() {
         assert_unseen(&watch);
     }
 }
+
+#[test]
+fn an_address_that_comes_while_no_agent_lives_is_closed() {
+    let scene = Scene::new(Link::Veth, "failMode: open");
+    scene.kill_agents();
+    for (pod, lines) in [
+        (
+            &scene.client,
+            "addr add 10.101.9.9/16 dev eth0\naddr add fd65::909/64 dev eth0 nodad\n",
+        ),
+        (
+            &scene.server,
+            "addr add 10.102.9.9/16 dev eth0\naddr add fd66::909/64 dev eth0 nodad\n",
+        ),
+    ] {
+        pod.netns().ip(lines).unwrap();
+    }
+    for (own, to, late) in [
+        ("10.101.9.9", IpAddr::from(scene.far.v4()), "10.102.9.9"),
+        ("fd65::909", IpAddr::from(scene.far.v6()), "fd66::909"),
+    ] {
+        let (own, late): (IpAddr, IpAddr) = (own.parse().unwrap(), late.parse().unwrap());
+        let from = scene.client.caller().from((own, 0).into());
+        assert_eq!(from.call((to, PORT)), Fate::Refused);
+        assert_eq!(scene.near.caller().call((late, PORT)), Fate::Refused);
+    }
+    assert_eq!(scene.app.accepted(), 0);
+}

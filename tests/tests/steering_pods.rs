@@ -145,10 +145,13 @@ fn a_pod_that_leaves_the_mesh_speaks_plaintext_and_no_program_stays() {
         fate == Fate::Echoed && wire.contains(SECRET)
     })
     .unwrap();
-    let attached = leaver.run(["bpftool", "net"]).unwrap().stdout;
-    assert!(!attached.contains("egress"), "{attached}");
-    let rules = leaver.run(["ip", "rule"]).unwrap().stdout;
-    assert!(!rules.contains("133"), "{rules}");
+    eventually("the programs and the rules to be gone", LIMIT, || {
+        let attached = leaver.run(["bpftool", "net"]).unwrap().stdout;
+        let rules = leaver.run(["ip", "rule"]).unwrap().stdout;
+        let rules6 = leaver.run(["ip", "-6", "rule"]).unwrap().stdout;
+        !attached.contains("egress") && !(rules + &rules6).contains("133")
+    })
+    .unwrap();
 }
 
 #[test]
@@ -225,6 +228,89 @@ fn a_second_address_that_comes_later_works() {
     }
     assert!(scene.app.accepted() >= 2);
     drop(wire);
+}
+
+#[test]
+fn an_interface_without_link_headers_is_steered() {
+    // Makes a TUN interface and takes what is sent there, which nobody answers.
+    const SINK: &str = "import fcntl, os, struct\n\
+        tun = os.open('/dev/net/tun', os.O_RDWR)\n\
+        fcntl.ioctl(tun, 0x400454ca, struct.pack('16sH', b'tun7', 0x1001))\n\
+        print('made', flush=True)\n\
+        while os.read(tun, 65536): pass\n";
+    let scene = Scene::new();
+    let limit = "connectTimeout: 200ms";
+    scene.bed.change_settings(&scene.client, limit).unwrap();
+    let sink = scene.client.spawn(["python3", "-c", SINK]).unwrap();
+    sink.wait_for_log("made", LIMIT).unwrap();
+    let lines = "addr add 192.0.2.2/24 dev tun7\n\
+                 addr add fd02::2/64 dev tun7 nodad\n\
+                 link set tun7 up\n";
+    scene.client.netns().ip(lines).unwrap();
+    let peers = ["192.0.2.1", "fd02::1"].map(|a| a.parse::<IpAddr>().unwrap());
+    for to in peers {
+        until("a steered call over the TUN interface", LIMIT, || {
+            let before = scene.steered();
+            let calls = scene.client.caller().patience(Duration::from_secs(1));
+            let reset = calls.call((to, PORT)) == Fate::Reset;
+            (reset && scene.steered() > before).then_some(())
+        })
+        .unwrap();
+    }
+    scene.bed.agent(&scene.a).kill9();
+    for to in peers {
+        assert_eq!(scene.client.caller().call((to, PORT)), Fate::Refused);
+    }
+}
+
+#[test]
+fn connections_from_before_the_enrolment_go_on_and_are_counted() {
+    let mut bed = Testbed::new("before").unwrap();
+    let (a, b) = (bed.node("a").unwrap(), bed.node("b").unwrap());
+    let client = bed.pod(&a, PodSpec::new("client")).unwrap();
+    let server = PodSpec::new("server").port(PORT).settings("mtls: strict");
+    let server = bed.pod(&b, server).unwrap();
+    let _app = server.echo(PORT).unwrap();
+    let connect = |to: &IpAddr| client.caller().connect((*to, PORT).into()).unwrap();
+    let mut streams: Vec<_> = server.addresses().iter().map(connect).collect();
+    bed.start_agents().unwrap();
+    for stream in &mut streams {
+        assert_eq!(say(stream, b"hello"), Fate::Echoed);
+    }
+    for node in [&a, &b] {
+        let metrics = bed.agent(node).metrics().unwrap();
+        let direct = metrics.steering_packets("outbound", "passed", "direct_before_enrolment");
+        assert!(
+            (direct - 2.0).abs() < 0.5,
+            "{direct} on node {}",
+            node.name()
+        );
+    }
+}
+
+#[test]
+fn a_pod_whose_app_has_the_mesh_port_is_named_and_enrolled_once_the_port_is_free() {
+    let mut scene = Scene::new();
+    let late = PodSpec::new("late").unlisted();
+    let late = scene.bed.pod(&scene.a.clone(), late).unwrap();
+    let app = late.echo(15008).unwrap();
+    let said = "does the app listen on port 15008?";
+    let [address, ..] = late.addresses() else {
+        panic!()
+    };
+    add_by_hand(&scene.bed, &scene.a, *address, late.netns().path(), said);
+    let metrics = scene.metrics(&scene.a);
+    let refused = [("reason", "listen")];
+    assert!(metrics.sum("malla_enrolment_errors_total", &refused) >= 1.0);
+    for to in scene.server.addresses() {
+        assert_eq!(scene.client.caller().call((*to, PORT)), Fate::Echoed);
+    }
+    drop(app);
+    eventually("the pod to be enrolled", LIMIT, || {
+        let enrolled = scene.metrics(&scene.a).sum("malla_pods_enrolled", &[]);
+        (enrolled - 2.0).abs() < 0.5
+    })
+    .unwrap();
 }
 
 /// A meshed client and server with an echoing app on one node, and a stranger with one beside them.

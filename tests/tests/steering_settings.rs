@@ -229,12 +229,24 @@ fn skipped_ports_of_a_client_change_live() {
         wire.contains(SECRET)
     };
     assert!(!is_plain());
+    // Connections stay what they were when they were opened.
+    let connect = || {
+        scene
+            .client
+            .caller()
+            .connect((scene.server.v4(), PORT).into())
+    };
+    let mut meshed = connect().unwrap();
     for _ in 0..3 {
         let skip = "skipOutboundPorts: [8080]";
         scene.bed.change_settings(&scene.client, skip).unwrap();
         eventually("the port to be skipped", LIVE, is_plain).unwrap();
+        let mut plain = connect().unwrap();
+        assert_eq!(say(&mut meshed, b"hello"), Fate::Echoed);
         scene.bed.change_settings(&scene.client, "").unwrap();
         eventually("the port to be meshed", LIVE, || !is_plain()).unwrap();
+        assert_eq!(say(&mut plain, b"hello"), Fate::Echoed);
+        assert_eq!(say(&mut meshed, b"hello"), Fate::Echoed);
     }
 }
 

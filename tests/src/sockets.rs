@@ -13,7 +13,7 @@ pub struct TcpSocket {
     pub state: TcpState,
 }
 
-/// The states that tests tell apart (include/net/tcp_states.h).
+/// The states that tests tell apart (`include/net/tcp_states.h`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TcpState {
     Established,

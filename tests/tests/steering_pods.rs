@@ -50,6 +50,16 @@ impl Scene {
         self.bed.agent(node).metrics().unwrap()
     }
 
+    /// Waits until the agent of node `a` has so many pods.
+    fn wait_enrolled(&self, count: f64) {
+        let what = format!("{count} pods to be enrolled");
+        eventually(&what, LIMIT, || {
+            let enrolled = self.metrics(&self.a).sum("malla_pods_enrolled", &[]);
+            (enrolled - count).abs() < 0.5
+        })
+        .unwrap();
+    }
+
     fn steered(&self) -> f64 {
         self.metrics(&self.a).syns("outbound", "steered", "meshed")
     }
@@ -100,11 +110,7 @@ fn pods_come_and_go_without_touching_the_connections_of_others() {
         let late = scene.bed.pod(&scene.a.clone(), spec).unwrap();
         let app = late.echo(PORT).unwrap();
         let wire = scene.bed.capture_wire(&scene.a, &scene.b).unwrap();
-        let enrolled = |count: f64| {
-            let enrolled = scene.metrics(&scene.a).sum("malla_pods_enrolled", &[]);
-            (enrolled - count).abs() < 0.5
-        };
-        eventually("the pod to be enrolled", LIMIT, || enrolled(2.0)).unwrap();
+        scene.wait_enrolled(2.0);
         for address in late.addresses() {
             wait_echoed(&scene.server, (*address, PORT).into());
         }
@@ -116,11 +122,7 @@ fn pods_come_and_go_without_touching_the_connections_of_others() {
         assert_eq!(say(&mut stream, b"hello"), Fate::Echoed);
         drop(app);
         scene.bed.remove_pod(&late).unwrap();
-        let enrolled = |count: f64| {
-            let enrolled = scene.metrics(&scene.a).sum("malla_pods_enrolled", &[]);
-            (enrolled - count).abs() < 0.5
-        };
-        eventually("the pod to be withdrawn", LIMIT, || enrolled(1.0)).unwrap();
+        scene.wait_enrolled(1.0);
         assert_eq!(say(&mut stream, b"hello"), Fate::Echoed);
     }
 }
@@ -306,11 +308,7 @@ fn a_pod_whose_app_has_the_mesh_port_is_named_and_enrolled_once_the_port_is_free
         assert_eq!(scene.client.caller().call((*to, PORT)), Fate::Echoed);
     }
     drop(app);
-    eventually("the pod to be enrolled", LIMIT, || {
-        let enrolled = scene.metrics(&scene.a).sum("malla_pods_enrolled", &[]);
-        (enrolled - 2.0).abs() < 0.5
-    })
-    .unwrap();
+    scene.wait_enrolled(2.0);
 }
 
 /// A meshed client and server with an echoing app on one node, and a stranger with one beside them.
@@ -405,7 +403,7 @@ fn a_file_that_gives_one_netns_twice_is_refused_whole() {
     let address = "10.101.7.7".parse().unwrap();
     let said = "belongs to default/client on the same node already";
     add_by_hand(&scene.bed, &scene.a, address, pod.netns().path(), said);
-    assert_eq!(scene.metrics(&scene.a).sum("malla_pods_enrolled", &[]), 1.0);
+    scene.wait_enrolled(1.0);
     for to in scene.server.addresses() {
         assert_eq!(pod.caller().call((*to, PORT)), Fate::Echoed);
     }

@@ -17,6 +17,7 @@ use crate::{
     leftovers::Claim,
     link::{Link, Linked},
     mesh_file::{self, MeshWide},
+    netns::Netns,
     node::Node,
     pod::Pod,
     process::{self, replace_file},
@@ -180,6 +181,11 @@ impl Testbed {
     pub fn change_mesh_settings(&mut self, yaml: impl Into<String>) -> Result<()> {
         self.mesh.settings = yaml.into();
         self.update_mesh()
+    }
+
+    /// Makes one more network namespace, with nothing but its loopback in it.
+    pub fn extra_netns(&self, name: &str) -> Result<Netns> {
+        Netns::create(format!("{}-{name}", self.name()))
     }
 
     /// The statistics of the wire between two nodes. An error where it is a veth pair.

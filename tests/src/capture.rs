@@ -46,6 +46,7 @@ struct Kept {
     packets: Vec<Captured>,
     size: usize,
     missed: usize,
+    buffer: Vec<u8>,
 }
 
 /// A running capture of one interface, both directions, without link headers.
@@ -163,8 +164,11 @@ impl Capture {
         Ok(output.write_all(&file)?)
     }
 
+    /// What passed up to now: what the kernel holds for us still is read first.
     fn kept(&self) -> MutexGuard<'_, Kept> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.take(&self.socket);
+        kept
     }
 }
 
@@ -207,9 +211,8 @@ fn open(interface: &str) -> Result<Socket> {
     Ok(socket)
 }
 
+/// Reads only while it holds the lock, so that whoever gets the lock misses no packet.
 fn read_all(socket: &Socket, stopped: &OwnedFd, kept: &Mutex<Kept>) {
-    // As long as a packet can be before it is cut into segments.
-    let mut buffer = vec![0; 1 << 18];
     loop {
         let mut descriptors = [
             PollFd::new(stopped.as_fd(), PollFlags::empty()),
@@ -220,31 +223,40 @@ fn read_all(socket: &Socket, stopped: &OwnedFd, kept: &Mutex<Kept>) {
             Err(error) => panic!("poll: {error}"),
         }
         let stop = descriptors[0].revents().is_some_and(|e| !e.is_empty());
-        loop {
-            match std::io::Read::read(&mut &*socket, &mut buffer) {
-                Ok(length) => keep(kept, &buffer[..length]),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                // The interface is gone, and no more will come.
-                Err(_) => return,
-            }
-        }
-        if stop {
+        let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if !kept.take(socket) || stop {
             return;
         }
     }
 }
 
-fn keep(kept: &Mutex<Kept>, bytes: &[u8]) {
-    let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-    if kept.size + bytes.len() > LIMIT {
-        kept.missed += 1;
-        return;
+impl Kept {
+    /// Takes over what the kernel holds. Whether more can come.
+    fn take(&mut self, socket: &Socket) -> bool {
+        // As long as a packet can be before it is cut into segments.
+        self.buffer.resize(1 << 18, 0);
+        loop {
+            match std::io::Read::read(&mut &*socket, &mut self.buffer) {
+                Ok(length) => self.keep(length),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return true,
+                // The interface is gone, and no more will come.
+                Err(_) => return false,
+            }
+        }
     }
-    kept.size += bytes.len();
-    let time = SystemTime::now().duration_since(UNIX_EPOCH);
-    kept.packets.push(Captured {
-        time: time.unwrap_or_default(),
-        bytes: bytes.to_vec(),
-    });
+
+    /// Keeps the packet that fills the first `length` bytes of the buffer.
+    fn keep(&mut self, length: usize) {
+        if self.size + length > LIMIT {
+            self.missed += 1;
+            return;
+        }
+        self.size += length;
+        let time = SystemTime::now().duration_since(UNIX_EPOCH);
+        self.packets.push(Captured {
+            time: time.unwrap_or_default(),
+            bytes: self.buffer[..length].to_vec(),
+        });
+    }
 }

@@ -47,6 +47,26 @@ impl Metrics {
     pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         self.samples(name, labels).map(|sample| sample.value).sum()
     }
+
+    /// How many new connections the kernel's programs decided about in this way.
+    pub fn syns(&self, direction: &str, verdict: &str, reason: &str) -> f64 {
+        self.steering("syns", direction, verdict, reason)
+    }
+
+    /// How many single packets the kernel's programs decided about in this way.
+    pub fn steering_packets(&self, direction: &str, verdict: &str, reason: &str) -> f64 {
+        self.steering("packets", direction, verdict, reason)
+    }
+
+    fn steering(&self, unit: &str, direction: &str, verdict: &str, reason: &str) -> f64 {
+        let name = format!("malla_steering_{unit}_total");
+        let labels = [
+            ("direction", direction),
+            ("verdict", verdict),
+            ("reason", reason),
+        ];
+        self.sum(&name, &labels)
+    }
 }
 
 fn parse_sample(line: &str) -> Option<Sample> {

@@ -2,7 +2,7 @@
 
 use std::{
     ffi::OsStr,
-    fs, io,
+    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
@@ -12,12 +12,14 @@ use std::{
 use anyhow::{Context, Result};
 
 use crate::{
+    caller::{Caller, EchoApp},
     capture::Capture,
     cgroup,
     netns::Netns,
     node::{Network, Node},
     process::{Command, Output, Place, Process},
     raw::RawSender,
+    sockets::{self, TcpSocket, TcpState},
     spec::{Families, PodSpec},
     wait::eventually,
 };
@@ -163,6 +165,16 @@ impl Pod {
         Ok(stream)
     }
 
+    /// A client in the pod, about to connect.
+    pub fn caller(&self) -> Caller<'_> {
+        Caller::new(&self.netns)
+    }
+
+    /// Starts an app in the pod that sends back what it receives.
+    pub fn echo(&self, port: u16) -> Result<EchoApp> {
+        EchoApp::start(&self.netns, port)
+    }
+
     /// Captures what passes the pod's first interface.
     pub fn capture(&self) -> Result<Capture> {
         Capture::start(&self.netns, "eth0")
@@ -181,19 +193,13 @@ impl Pod {
 
     /// Whether a TCP socket of the pod listens on `port`, on whatever address.
     pub fn listens_on(&self, port: u16) -> bool {
-        const LISTEN: &str = "0A";
-        let ending = format!(":{port:04X}");
-        self.enter(|| {
-            // Not /proc/net, which shows the namespace of the process, not of the thread.
-            ["tcp", "tcp6"].iter().any(|table| {
-                let table = fs::read_to_string(format!("/proc/thread-self/net/{table}"));
-                table.unwrap_or_default().lines().any(|line| {
-                    let mut words = line.split_ascii_whitespace().skip(1);
-                    let local = words.next().unwrap_or_default();
-                    local.ends_with(&ending) && words.nth(1) == Some(LISTEN)
-                })
-            })
-        })
+        let mut sockets = self.sockets().into_iter();
+        sockets.any(|socket| socket.state == TcpState::Listen && socket.local.port() == port)
+    }
+
+    /// The TCP sockets in the pod's network namespace, the agent's included.
+    pub fn sockets(&self) -> Vec<TcpSocket> {
+        self.enter(sockets::list)
     }
 
     /// Kills every process of the pod.

@@ -13,6 +13,8 @@ pub(crate) const FOR_TESTS: &[&str] = &[
     "haproxy",
     "iperf3",
     "iproute2",
+    "iputils-ping",
+    "nftables",
     "nginx",
     "openssh-client",
     "openssh-server",

@@ -276,14 +276,10 @@ async fn dial(
     client: SocketAddr,
     destination: SocketAddr,
 ) -> Result<TcpStream, DialError> {
-    to_app(
-        &pod.pod.netns,
-        &pod.pod.home,
-        &pod.pod.dial_ports,
-        &worker.own_dial,
-        client.ip(),
-        destination,
-        workload.settings.mesh_connect_timeout,
-    )
-    .await
+    let limit = workload.settings.mesh_connect_timeout;
+    let dialled = to_app(&pod.pod, &worker.own_dial, client.ip(), destination, limit).await?;
+    if dialled.source_replaced {
+        worker.metrics().source_replaced();
+    }
+    Ok(dialled.stream)
 }

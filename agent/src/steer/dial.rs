@@ -5,22 +5,20 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     os::fd::AsFd,
-    sync::atomic::{AtomicBool, AtomicU32, Ordering},
     time::Duration,
 };
 
 use aya::maps::{HashMap as BpfHashMap, MapData, MapError};
 use malla_common::Flow;
-use nix::errno::Errno;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpSocket, TcpStream};
 
 use super::{
-    diag::{Held, SocketDiag},
+    Pod,
     listeners::{relay_options, set_option},
     netns::Netns,
 };
-use crate::model::{PortRange, Reason};
+use crate::model::Reason;
 
 /// Ports that are tried for one connection before it is given up: every one of them was held by a
 /// connection of the same client to the same address.
@@ -57,75 +55,6 @@ impl From<io::Error> for DialError {
             io::ErrorKind::TimedOut => Self::Timeout(Duration::ZERO),
             _ => Self::Io(error),
         }
-    }
-}
-
-/// Source ports towards the app of one pod, shared by all workers.
-///
-/// They go round the whole range before one comes again, so that its last connection is as long
-/// gone as can be. From the second round on, and as soon as a client has used a port of the range
-/// itself, the kernel is asked whether the app's side of a tuple is free: a connection that is
-/// closed on one side, or a client's own, would answer the SYN in the app's stead.
-#[derive(Debug)]
-pub struct DialPorts {
-    range: PortRange,
-    ports: Vec<u16>,
-    next: AtomicU32,
-    /// Ports that haven't been used yet.
-    first_round: AtomicU32,
-    /// Whether clients use ports of the range themselves.
-    overlaps: AtomicBool,
-    diag: SocketDiag,
-}
-
-impl DialPorts {
-    /// The ports of `range` but those in `taken`. To be made in the pod's netns.
-    pub fn new(range: PortRange, taken: impl Fn(u16) -> bool) -> io::Result<Self> {
-        let ports: Vec<u16> = (range.first..=range.last)
-            .filter(|port| !taken(*port))
-            .collect();
-        let first_round = u32::try_from(ports.len()).unwrap_or(0);
-        Ok(Self {
-            range,
-            ports,
-            next: AtomicU32::new(fastrand::u32(..)),
-            first_round: AtomicU32::new(first_round),
-            overlaps: AtomicBool::new(false),
-            diag: SocketDiag::open()?,
-        })
-    }
-
-    /// Tells that a client connects to this pod with a source port of its own choice.
-    pub fn met_client(&self, port: u16) {
-        if self.range.contains(port) {
-            self.overlaps.store(true, Ordering::Relaxed);
-        }
-    }
-
-    /// A port for a connection of `client` to `app` whose tuple no connection of the pod's netns
-    /// holds. One that was the agent's and is over may be used again (RFC 6191); one that may have
-    /// been the client's, whose clock is another, only when there is no better.
-    fn next(&self, client: IpAddr, app: SocketAddr) -> Option<u16> {
-        let mut over = None;
-        for _ in 0..PORT_TRIES {
-            let turn = self.next.fetch_add(1, Ordering::Relaxed) as usize;
-            let port = *self.ports.get(turn.checked_rem(self.ports.len())?)?;
-            let overlaps = self.overlaps.load(Ordering::Relaxed);
-            let first_round = |left: u32| left.checked_sub(1);
-            let first =
-                self.first_round
-                    .fetch_update(Ordering::Relaxed, Ordering::Relaxed, first_round);
-            if first.is_ok() && !overlaps {
-                return Some(port);
-            }
-            match self.diag.find(app, SocketAddr::new(client, port)) {
-                Held::No => return Some(port),
-                Held::TimeWait if !overlaps => return Some(port),
-                Held::TimeWait => over = over.or(Some(port)),
-                Held::Connection => {}
-            }
-        }
-        over
     }
 }
 
@@ -166,34 +95,43 @@ pub async fn to_network(
     connect(socket, destination, limit).await
 }
 
-/// Opens a connection to the app at `destination`, an address of the pod, with `client` as source
-/// where that is another host's of the same family, else with the pod's own address.
+/// A connection to the app.
+#[derive(Debug)]
+pub struct Dialled {
+    pub stream: TcpStream,
+    /// The app sees the pod's own address in place of the client's.
+    pub source_replaced: bool,
+}
+
+/// Opens a connection to the app at `destination`, an address of the pod, with `client` as source.
+/// Where that is of another family, or an address that the pod has no route to, the pod's own
+/// address is the source.
 pub async fn to_app(
-    netns: &Netns,
-    home: &Netns,
-    ports: &DialPorts,
+    pod: &Pod,
     own_dial: &RefCell<OwnDial>,
     client: IpAddr,
     destination: SocketAddr,
     limit: Duration,
-) -> Result<TcpStream, DialError> {
-    if client.is_ipv4() != destination.is_ipv4() || client == destination.ip() {
-        return to_network(netns, home, destination, limit).await;
+) -> Result<Dialled, DialError> {
+    let usable = client.is_ipv4() == destination.is_ipv4()
+        && client != destination.ip()
+        && pod.routes.reaches(&pod.netns, &pod.home, client);
+    if !usable {
+        let stream = to_network(&pod.netns, &pod.home, destination, limit).await?;
+        return Ok(Dialled {
+            stream,
+            source_replaced: true,
+        });
     }
-    let socket = netns.enter(home, || new_socket(destination))??;
-    let (level, option) = match client {
-        IpAddr::V4(_) => (libc::SOL_IP, libc::IP_TRANSPARENT),
-        IpAddr::V6(_) => (libc::SOL_IPV6, libc::IPV6_TRANSPARENT),
-    };
-    set_option(&socket, level, option, 1)?;
-    socket.set_reuse_address(true)?;
-    let mut socket = socket;
     for _ in 0..PORT_TRIES {
-        let port = ports
+        let socket = pod
+            .netns
+            .enter(&pod.home, || transparent_socket(destination))??;
+        let port = pod
+            .dial_ports
             .next(client, destination)
             .ok_or(DialError::PortsExhausted)?;
-        let source = SocketAddr::new(client, port);
-        match socket.bind(&source.into()) {
+        match socket.bind(&SocketAddr::new(client, port).into()) {
             Ok(()) => {}
             Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) => continue,
             Err(error) => return Err(error.into()),
@@ -205,19 +143,23 @@ pub async fn to_app(
             destination_port: destination.port(),
         };
         own_dial.borrow_mut().announce(flow)?;
-        let announced = Announced { own_dial, flow };
-        let tokio_socket = TcpSocket::from_std_stream(socket.into());
-        match connect(tokio_socket, destination, limit).await {
-            Err(DialError::Io(error))
-                if error.raw_os_error() == Some(Errno::EADDRNOTAVAIL as i32) =>
-            {
-                drop(announced);
-                // This tuple is in use. A bound socket can't be bound again.
-                socket = netns.enter(home, || new_socket(destination))??;
-                set_option(&socket, level, option, 1)?;
-                socket.set_reuse_address(true)?;
+        let _announced = Announced { own_dial, flow };
+        match connect(
+            TcpSocket::from_std_stream(socket.into()),
+            destination,
+            limit,
+        )
+        .await
+        {
+            Ok(stream) => {
+                return Ok(Dialled {
+                    stream,
+                    source_replaced: false,
+                });
             }
-            other => return other,
+            // This tuple is in use, and a bound socket can't be bound again.
+            Err(DialError::Io(error)) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {}
+            Err(error) => return Err(error),
         }
     }
     Err(DialError::PortsExhausted)
@@ -245,6 +187,18 @@ async fn connect(
         Ok(Err(error)) => Err(error.into()),
         Err(_) => Err(DialError::Timeout(limit)),
     }
+}
+
+/// A socket that may be bound to an address which isn't the pod's.
+fn transparent_socket(destination: SocketAddr) -> io::Result<Socket> {
+    let socket = new_socket(destination)?;
+    let (level, option) = match destination {
+        SocketAddr::V4(_) => (libc::SOL_IP, libc::IP_TRANSPARENT),
+        SocketAddr::V6(_) => (libc::SOL_IPV6, libc::IPV6_TRANSPARENT),
+    };
+    set_option(&socket, level, option, 1)?;
+    socket.set_reuse_address(true)?;
+    Ok(socket)
 }
 
 fn new_socket(destination: SocketAddr) -> io::Result<Socket> {

@@ -6,6 +6,7 @@
 mod cgroup;
 mod diag;
 mod dial;
+mod dial_ports;
 mod ebpf_log;
 mod listeners;
 mod netns;
@@ -13,6 +14,7 @@ mod network;
 mod pod;
 mod preflight;
 mod programs;
+mod routes;
 mod rules;
 
 use std::{

@@ -17,12 +17,13 @@ use tokio::task::JoinHandle;
 
 use super::{
     Steering,
-    dial::DialPorts,
+    dial_ports::DialPorts,
     listeners::{self, ListenerPorts, PodListeners},
     lock,
     netns::Netns,
     network::{Changes, Interface, Network, NetworkError},
     programs::{self, Hook, Programs, ProgramsError},
+    routes::Routes,
     rules::PodRules,
 };
 use crate::model::{InterfaceMode, Settings, Workload, WorkloadId};
@@ -79,6 +80,7 @@ pub struct Pod {
     pub home: Arc<Netns>,
     pub listener_ports: ListenerPorts,
     pub dial_ports: DialPorts,
+    pub(super) routes: Routes,
     addresses: ArcSwap<HashSet<IpAddr>>,
 }
 
@@ -179,6 +181,7 @@ impl Steering {
             home: Arc::clone(&self.home),
             listener_ports,
             dial_ports,
+            routes: Routes::default(),
             addresses: ArcSwap::default(),
         });
 

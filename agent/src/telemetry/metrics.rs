@@ -13,7 +13,7 @@ use std::{
 use malla_common::Reason;
 use nix::errno::Errno;
 use prometheus::{
-    GaugeVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    GaugeVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
     core::Collector,
     proto::{MetricFamily, MetricType},
 };
@@ -72,6 +72,7 @@ pub struct Metrics {
     tunnels: IntCounterVec,
     tunnels_open: IntGaugeVec,
     discovery_reloads: IntCounterVec,
+    source_replaced: IntCounter,
     accept_errors: IntCounterVec,
     certificate_refreshes: IntCounterVec,
     /// Without labels; a vector so that it can be absent while there is no certificate.
@@ -131,6 +132,13 @@ impl Metrics {
                 "malla_discovery_reloads_total",
                 "Times that discovery read its source anew: ok or error.",
                 &["result"],
+            ),
+            source_replaced: register(
+                &registry,
+                valid(IntCounter::new(
+                    "malla_source_replaced_total",
+                    "Connections that the app sees with the pod's own address as source.",
+                )),
             ),
             accept_errors: counters(
                 &registry,
@@ -223,6 +231,11 @@ impl Metrics {
         let errno = error.raw_os_error().map(Errno::from_raw);
         let labels = [role.as_str(), &errno_label(errno)];
         self.accept_errors.with_label_values(&labels).inc();
+    }
+
+    /// An app sees a connection with its pod's own address in place of the client's.
+    pub fn source_replaced(&self) {
+        self.source_replaced.inc();
     }
 
     /// How many certificates were issued or renewed so far, and how many attempts failed.

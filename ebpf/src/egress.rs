@@ -7,7 +7,11 @@
 
 use aya_ebpf::{
     bindings::{BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC},
-    helpers::{bpf_redirect, generated::bpf_skb_cgroup_id},
+    cty::c_long,
+    helpers::{
+        bpf_redirect,
+        generated::{bpf_skb_cgroup_id, bpf_skb_change_head},
+    },
     macros::classifier,
     programs::TcContext,
 };
@@ -18,7 +22,7 @@ use malla_common::{
 
 use crate::{
     maps::{AGENTS, OWN_DIAL, SCOPES, count, listener_lives, opt_out, pod_at},
-    packet::{ETHERNET, Kind, NO_LINK_HEADER, Packet, RST, socket_receives},
+    packet::{ETH_P_IP, ETH_P_IPV6, ETHERNET, Kind, NO_LINK_HEADER, Packet, RST, socket_receives},
     refuse::{ANSWER_MARK, Towards, answer},
     sockets::{Socket, sender},
 };
@@ -61,7 +65,7 @@ fn steer(ctx: &TcContext, ip: u32) -> i32 {
         return TC_ACT_UNSPEC;
     }
     if socket_receives(ctx, &packet.flow) {
-        return to_loopback(ctx);
+        return to_loopback(ctx, &packet);
     }
     pass_unsteered(&packet, socket);
     TC_ACT_UNSPEC
@@ -95,7 +99,7 @@ fn open(ctx: &TcContext, packet: &Packet, socket: Option<Socket>) -> i32 {
         }
         if state.verdict == Verdict::Steer as u8 {
             return if listener_lives(pod.pod, Role::Outbound) {
-                to_loopback(ctx)
+                to_loopback(ctx, packet)
             } else {
                 refuse(ctx, packet, Unit::Syns, Reason::NoAgent)
             };
@@ -148,7 +152,7 @@ fn open(ctx: &TcContext, packet: &Packet, socket: Option<Socket>) -> i32 {
                 // When the map is full of newer ones, the agent refuses for want of a scope.
                 let _ = SCOPES.insert(flow, interface, 0);
             }
-            to_loopback(ctx)
+            to_loopback(ctx, packet)
         }
         Verdict::Pass => {
             log(ctx, packet, Outcome::Passed, reason);
@@ -163,14 +167,14 @@ fn open(ctx: &TcContext, packet: &Packet, socket: Option<Socket>) -> i32 {
 #[inline(always)]
 fn follow(ctx: &TcContext, packet: &Packet) -> i32 {
     if socket_receives(ctx, &packet.flow) {
-        return to_loopback(ctx);
+        return to_loopback(ctx, packet);
     }
     // No socket takes it. With a listener the kernel knows what to do (a SYN cookie's ACK makes a
     // connection, the rest meets a RST); without one, nobody answers but this program.
     if let Some(pod) = pod_at(&packet.flow.source)
         && listener_lives(pod.pod, Role::Outbound)
     {
-        return to_loopback(ctx);
+        return to_loopback(ctx, packet);
     }
     if packet.has(RST) {
         return drop(ctx, packet, Reason::AgentGone);
@@ -217,10 +221,29 @@ fn pass_unsteered(packet: &Packet, socket: Option<Socket>) {
 }
 
 #[inline(always)]
-fn to_loopback(ctx: &TcContext) -> i32 {
+fn to_loopback(ctx: &TcContext, packet: &Packet) -> i32 {
+    if packet.ip == NO_LINK_HEADER && add_link_header(ctx, packet).is_err() {
+        return drop(ctx, packet, Reason::Unparsable);
+    }
     ctx.set_mark(STEER_MARK);
     // SAFETY: a plain helper call on numbers.
     unsafe { bpf_redirect(LOOPBACK, u64::from(BPF_F_INGRESS)) as i32 }
+}
+
+/// The loopback's packets have an Ethernet header, whose addresses are zero.
+#[inline(always)]
+fn add_link_header(ctx: &TcContext, packet: &Packet) -> Result<(), c_long> {
+    // SAFETY: the context is valid; no pointer into the packet is held across the call.
+    let added = unsafe { bpf_skb_change_head(ctx.skb.skb, ETHERNET, 0) };
+    if added != 0 {
+        return Err(added);
+    }
+    let protocol = if packet.flow.source.is_v4() {
+        ETH_P_IP
+    } else {
+        ETH_P_IPV6
+    };
+    ctx.store(12, &protocol.to_be(), 0)
 }
 
 #[inline(always)]

@@ -5,7 +5,8 @@
 //! `OWN_DIAL` outlives the dial it was made for.
 
 use aya_ebpf::{
-    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
+    bindings::{BPF_FIB_LKUP_RET_NOT_FWDED, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_fib_lookup},
+    helpers::bpf_fib_lookup as bpf_fib_lookup_helper,
     macros::classifier,
     programs::TcContext,
 };
@@ -17,6 +18,10 @@ use crate::{
     packet::{ETHERNET, Kind, NO_LINK_HEADER, Packet, socket_answers},
     refuse::{Towards, answer},
 };
+
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+const IPPROTO_TCP: u8 = 6;
 
 #[classifier]
 pub fn ingress(ctx: TcContext) -> i32 {
@@ -48,6 +53,10 @@ fn open(ctx: &TcContext, packet: &Packet) -> i32 {
         return refuse(ctx, packet, Reason::PortClash);
     }
     let Some(pod) = pod_at(&flow.destination) else {
+        if is_forwarded(ctx, packet) {
+            // For or from a netns inside the pod: egress decides, by the interface it leaves by.
+            return TC_ACT_UNSPEC;
+        }
         return refuse(ctx, packet, Reason::UnknownAddress);
     };
     if let Some(skipped) = opt_out(
@@ -71,6 +80,31 @@ fn open(ctx: &TcContext, packet: &Packet) -> i32 {
         return pass(ctx, packet, Outcome::Passed, Reason::FailOpen);
     }
     refuse(ctx, packet, Reason::NoAgent)
+}
+
+/// Whether the pod's kernel sends the packet on, in place of taking it.
+#[inline(always)]
+fn is_forwarded(ctx: &TcContext, packet: &Packet) -> bool {
+    let flow = &packet.flow;
+    // SAFETY: all zeros is a value of every field, and the structure is whole for the size that is
+    // passed; the context is valid for the whole run of the program.
+    let answer = unsafe {
+        let mut question: bpf_fib_lookup = core::mem::zeroed();
+        question.l4_protocol = IPPROTO_TCP;
+        question.ifindex = (*ctx.skb.skb).ifindex;
+        if flow.source.is_v4() {
+            question.family = AF_INET;
+            question.__bindgen_anon_3.ipv4_src = flow.source.0[3];
+            question.__bindgen_anon_4.ipv4_dst = flow.destination.0[3];
+        } else {
+            question.family = AF_INET6;
+            question.__bindgen_anon_3.ipv6_src = flow.source.0;
+            question.__bindgen_anon_4.ipv6_dst = flow.destination.0;
+        }
+        let size = core::mem::size_of::<bpf_fib_lookup>() as i32;
+        bpf_fib_lookup_helper(ctx.skb.skb.cast(), &raw mut question, size, 0)
+    };
+    answer >= 0 && answer != i64::from(BPF_FIB_LKUP_RET_NOT_FWDED)
 }
 
 /// A fragment is whole again when `lookup` sees it.

@@ -12,8 +12,8 @@ pub const ETHERNET: u32 = 14;
 /// Offset of the IP header on a device without (tun, IPsec, ...).
 pub const NO_LINK_HEADER: u32 = 0;
 
-const ETH_P_IP: u16 = 0x0800;
-const ETH_P_IPV6: u16 = 0x86dd;
+pub const ETH_P_IP: u16 = 0x0800;
+pub const ETH_P_IPV6: u16 = 0x86dd;
 const ETH_P_8021Q: u16 = 0x8100;
 const ETH_P_8021AD: u16 = 0x88a8;
 

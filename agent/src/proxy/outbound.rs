@@ -88,7 +88,9 @@ fn with_scope(worker: &Worker, source: SocketAddr, destination: SocketAddr) -> S
 
 /// A connection to one of the agent's own listeners would come back to it for ever.
 fn is_own_listener(pod: &PodContext, mesh: &Mesh, destination: SocketAddr) -> bool {
-    if pod.pod.owns(destination.ip()) && pod.pod.listener_ports.contains(destination.port()) {
+    // Nothing is steered to the loopback: who comes by it has called this listener itself.
+    let own = destination.ip().is_loopback() || pod.pod.owns(destination.ip());
+    if own && pod.pod.listener_ports.contains(destination.port()) {
         return true;
     }
     destination.port() == ports::MESH
@@ -155,6 +157,7 @@ async fn through_mesh(
 ) -> Result<(), Failure> {
     let mesh_address: IpAddr = destination.ip();
     let lease = pool::lease(worker, pod, mesh_address, &workload.identity).await?;
+    record.proved();
     let reporter = pod.workload();
     let request = hbone::connect(&reporter, source, destination);
     let (mut send, mut receive) = lease.open(request).await?;

@@ -20,6 +20,8 @@ pub(super) struct Record {
     pod: Rc<PodContext>,
     labels: ConnectionLabels,
     metrics: ConnectionMetrics,
+    /// Whether the other end has proved the identity that the labels name.
+    proved: Cell<bool>,
     ended: Cell<bool>,
     client: SocketAddr,
     /// The address that was dialled.
@@ -46,10 +48,13 @@ impl Record {
         ends: &Ends,
     ) -> Self {
         let metrics = worker.series.borrow_mut().open(&labels);
+        // A peer's tunnel was verified before its connections came.
+        let proved = Cell::new(labels.direction == Direction::Inbound);
         Self {
             pod: Rc::clone(pod),
             labels,
             metrics,
+            proved,
             ended: Cell::new(false),
             client: ends.client,
             destination: ends.destination,
@@ -58,6 +63,11 @@ impl Record {
             from_client: Cell::new(0),
             from_server: Cell::new(0),
         }
+    }
+
+    /// The destination's agent has proved to be who discovery says.
+    pub(super) fn proved(&self) {
+        self.proved.set(true);
     }
 
     pub(super) fn dialled(&self) {
@@ -98,8 +108,8 @@ impl Record {
         let reporter: &Arc<Workload> = &self.labels.reporter;
         let remote = self.labels.remote.as_deref();
         let proved = match &self.labels.security {
-            Security::MutualTls(identity) => Some(&**identity),
-            Security::None(_) => None,
+            Security::MutualTls(identity) if self.proved.get() => Some(&**identity),
+            Security::MutualTls(_) | Security::None(_) => None,
         };
         let own = proved.map(|_| &*reporter.identity);
         let source = (Some(&**reporter), own);

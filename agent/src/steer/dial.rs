@@ -11,7 +11,10 @@ use std::{
 use aya::maps::{HashMap as BpfHashMap, MapData, MapError};
 use malla_common::Flow;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    time::timeout,
+};
 
 use super::{
     Pod,
@@ -23,6 +26,9 @@ use crate::model::Reason;
 /// Ports that are tried for one connection before it is given up: every one of them was held by a
 /// connection of the same client to the same address.
 const PORT_TRIES: u32 = 64;
+
+/// A connection over the loopback opens within this time, or something is in its way.
+const AT_ONCE: Duration = Duration::from_millis(20);
 
 /// Why a connection could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -144,13 +150,20 @@ pub async fn to_app(
         };
         own_dial.borrow_mut().announce(flow)?;
         let _announced = Announced { own_dial, flow };
-        match connect(
+        let connecting = connect(
             TcpSocket::from_std_stream(socket.into()),
             destination,
             limit,
-        )
-        .await
-        {
+        );
+        tokio::pin!(connecting);
+        let connected = match timeout(AT_ONCE, &mut connecting).await {
+            Ok(connected) => connected,
+            // A client may have come with this very tuple between the choice and the SYN, which
+            // its socket then takes. From now on `ingress` refuses such a client.
+            Err(_) if pod.dial_ports.is_held(client, port, destination) => continue,
+            Err(_) => connecting.await,
+        };
+        match connected {
             Ok(stream) => {
                 return Ok(Dialled {
                     stream,
@@ -182,7 +195,7 @@ async fn connect(
     destination: SocketAddr,
     limit: Duration,
 ) -> Result<TcpStream, DialError> {
-    match tokio::time::timeout(limit, socket.connect(destination)).await {
+    match timeout(limit, socket.connect(destination)).await {
         Ok(Ok(stream)) => Ok(stream),
         Ok(Err(error)) => Err(error.into()),
         Err(_) => Err(DialError::Timeout(limit)),

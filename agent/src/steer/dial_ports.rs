@@ -80,4 +80,9 @@ impl DialPorts {
         }
         over
     }
+
+    /// Whether a connection at the app's end has this tuple.
+    pub(super) fn is_held(&self, client: IpAddr, port: u16, app: SocketAddr) -> bool {
+        self.diag.find(app, SocketAddr::new(client, port)) == Held::Connection
+    }
 }

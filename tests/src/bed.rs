@@ -38,7 +38,9 @@ pub struct Testbed {
     link: Link,
     wire_mtu: u32,
     mesh: MeshWide,
+    agent_program: Option<PathBuf>,
     agent_arguments: Vec<String>,
+    agent_cpu: Option<usize>,
     agents_started: bool,
     next_pod: u16,
     claim: Claim,
@@ -58,7 +60,9 @@ impl Testbed {
             link: Link::Veth,
             wire_mtu: 1500,
             mesh: MeshWide::default(),
+            agent_program: None,
             agent_arguments: Vec::new(),
+            agent_cpu: None,
             agents_started: false,
             next_pod: FIRST_POD,
             claim,
@@ -114,6 +118,20 @@ impl Testbed {
     ) -> Self {
         self.agent_arguments
             .extend(arguments.into_iter().map(Into::into));
+        self
+    }
+
+    /// The program that agents started from now on are, in place of [`process::binary`]'s.
+    #[must_use]
+    pub fn with_agent_program(mut self, program: impl Into<PathBuf>) -> Self {
+        self.agent_program = Some(program.into());
+        self
+    }
+
+    /// The only processor that agents started from now on run on; any by default.
+    #[must_use]
+    pub fn with_agents_on_cpu(mut self, cpu: impl Into<Option<usize>>) -> Self {
+        self.agent_cpu = cpu.into();
         self
     }
 
@@ -251,8 +269,12 @@ impl Testbed {
 
     /// The command line of a node's agent, as the bed starts it.
     pub fn agent_command(&self, node: &Node) -> Result<process::Command> {
+        let program = match &self.agent_program {
+            Some(program) => program.clone(),
+            None => process::binary("malla")?,
+        };
         let mut arguments = vec![
-            process::binary("malla")?.into_os_string(),
+            program.into_os_string(),
             "agent".into(),
             "--config".into(),
             self.mesh_path().into_os_string(),
@@ -260,7 +282,7 @@ impl Testbed {
             node.name().into(),
         ];
         arguments.extend(self.agent_arguments.iter().map(Into::into));
-        Ok(node.command(arguments))
+        Ok(node.command(arguments).on_cpu(self.agent_cpu))
     }
 
     fn launch_agent(&self, node: &Arc<Node>) -> Result<Agent> {

@@ -20,7 +20,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use nix::{
-    sched::{CloneFlags, setns},
+    sched::{CloneFlags, CpuSet, sched_setaffinity, setns},
     sys::signal::{Signal, kill, killpg},
     unistd::{Gid, Pid, Uid, User, setgid, setgroups, setpgid, setuid},
 };
@@ -47,6 +47,7 @@ pub struct Command {
     environment: Vec<(OsString, OsString)>,
     input: Option<Vec<u8>>,
     user: Option<String>,
+    cpu: Option<usize>,
     limit: Duration,
 }
 
@@ -70,6 +71,7 @@ impl Command {
             environment: Vec::new(),
             input: None,
             user: None,
+            cpu: None,
             limit: DEFAULT_LIMIT,
         }
     }
@@ -92,6 +94,13 @@ impl Command {
     #[must_use]
     pub fn user(mut self, name: impl Into<String>) -> Self {
         self.user = Some(name.into());
+        self
+    }
+
+    /// The only processor that the command runs on; any by default.
+    #[must_use]
+    pub fn on_cpu(mut self, cpu: impl Into<Option<usize>>) -> Self {
+        self.cpu = cpu.into();
         self
     }
 
@@ -157,6 +166,7 @@ impl Command {
             .open(&procs)
             .with_context(|| procs.display().to_string())?;
         let user = self.user.as_deref().map(find_user).transpose()?;
+        let processors = self.cpu.map(only).transpose()?;
         let stdin = match &self.input {
             None => Stdio::null(),
             Some(input) => {
@@ -183,6 +193,9 @@ impl Command {
                 setpgid(Pid::from_raw(0), Pid::from_raw(0))?;
                 nix::unistd::write(BorrowedFd::borrow_raw(procs_fd), b"0")?;
                 setns(BorrowedFd::borrow_raw(netns_fd), CloneFlags::CLONE_NEWNET)?;
+                if let Some(processors) = &processors {
+                    sched_setaffinity(Pid::from_raw(0), processors)?;
+                }
                 if let Some((uid, gid)) = user {
                     setgroups(&[])?;
                     setgid(gid)?;
@@ -302,6 +315,12 @@ impl Drop for Process {
 fn find_user(name: &str) -> Result<(Uid, Gid)> {
     let user = User::from_name(name)?.with_context(|| format!("no user `{name}`"))?;
     Ok((user.uid, user.gid))
+}
+
+fn only(cpu: usize) -> Result<CpuSet> {
+    let mut set = CpuSet::new();
+    set.set(cpu).with_context(|| format!("processor {cpu}"))?;
+    Ok(set)
 }
 
 /// A program of this workspace, built beside the running one (`MALLA_BIN` names `malla` itself).

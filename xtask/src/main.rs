@@ -1,7 +1,9 @@
-//! All that a developer of malla runs: `cargo xtask build-ebpf`, `test` and `demo`.
+//! All that a developer of malla runs: `cargo xtask build-ebpf`, `test`, `demo` and
+//! `bench`.
 //!
 //! What a step needs and the machine lacks is installed by it, with one line on what and why.
 
+mod bench;
 mod demo;
 mod ebpf;
 mod interrupt;
@@ -43,6 +45,8 @@ enum Task {
         #[arg(long)]
         once: bool,
     },
+    /// Measure what malla costs beside a direct connection and haproxy (as root)
+    Bench(bench::Options),
 }
 
 fn main() -> Result<()> {
@@ -51,5 +55,6 @@ fn main() -> Result<()> {
         Task::BuildEbpf { check: false } => ebpf::build(),
         Task::Test { long, filter } => test::run(long, filter.as_deref()),
         Task::Demo { once } => demo::run(once),
+        Task::Bench(options) => bench::run(&options),
     }
 }

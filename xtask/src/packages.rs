@@ -30,6 +30,9 @@ pub(crate) const FOR_TESTS: &[&str] = &[
     "wrk",
 ];
 
+/// What the bench runs, and what it needs around that.
+pub(crate) const FOR_BENCH: &[&str] = &["haproxy", "iperf3", "iproute2", "nginx", "openssl", "wrk"];
+
 /// Installs those of `packages` that are missing, and says so with the reason.
 pub(crate) fn ensure(packages: &[&str], why: &str) -> Result<()> {
     let missing: Vec<&str> = packages
@@ -51,6 +54,11 @@ pub(crate) fn ensure(packages: &[&str], why: &str) -> Result<()> {
     let mut arguments = vec!["install", "--no-install-recommends"];
     arguments.extend(missing);
     apt_get(&arguments).with_context(|| format!("installing {names} (as root?)"))
+}
+
+/// The version of an installed package.
+pub(crate) fn version(package: &str) -> Option<String> {
+    shell::ask("dpkg-query", &["-W", "-f=${Version}", package])
 }
 
 fn is_installed(package: &str) -> bool {

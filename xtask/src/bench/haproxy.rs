@@ -1,0 +1,112 @@
+//! A pair of haproxies that carry TCP between two nodes in mutual TLS.
+
+use std::{fs, net::IpAddr, path::Path, process::Command, sync::Arc};
+
+use anyhow::{Context, Result, ensure};
+use malla_testbed::{Node, Process, get, until};
+
+use super::scene::{BULK, Pins, START_LIMIT, WEB};
+
+/// What is added to a port of the server for its way between the nodes.
+const BETWEEN: u16 = 10_000;
+
+/// The port on each node that answers once haproxy serves.
+const HEALTH: u16 = 9000;
+
+/// Starts one on each node: the client's side takes the server's ports in plain, and passes them
+/// to the other side in TLS.
+pub(super) fn start(
+    nodes: &[Arc<Node>; 2],
+    server: IpAddr,
+    folder: &Path,
+    pins: Pins,
+) -> Result<Vec<Process>> {
+    make_authority(folder)?;
+    let ca = folder.join("ca.pem").display().to_string();
+    let mut processes = Vec::new();
+    for (own, peer) in [(0, 1), (1, 0)] {
+        let name = nodes[own].name();
+        let certificate = make_certificate(folder, name)?;
+        // One certificate of its own, and only the other's accepted.
+        let tls = format!(
+            "ssl crt {certificate} ca-file {ca} verify required ssl-min-ver TLSv1.3 \
+             ciphersuites TLS_AES_128_GCM_SHA256"
+        );
+        let other = nodes[peer].addresses()[0];
+        let mut config = head();
+        for port in [WEB, BULK] {
+            let between = port + BETWEEN;
+            config += &if own == 0 {
+                let verify = format!("verifyhost {} no-ssl-reuse", nodes[peer].name());
+                listen(port, "", &format!("{other}:{between} {tls} {verify}"))
+            } else {
+                listen(between, &tls, &format!("{server}:{port}"))
+            };
+        }
+        let file = folder.join(format!("haproxy-{name}.cfg"));
+        fs::write(&file, config)?;
+        let arguments = [
+            "haproxy".as_ref(),
+            "-db".as_ref(),
+            "-f".as_ref(),
+            file.as_os_str(),
+        ];
+        let process = nodes[own].command(arguments).on_cpu(pins.proxies).spawn()?;
+        wait_ready(&nodes[own], &process)?;
+        processes.push(process);
+    }
+    Ok(processes)
+}
+
+fn head() -> String {
+    format!(
+        "global\n  nbthread 1\n  maxconn 4000\n\
+         defaults\n  mode tcp\n  timeout connect 5s\n  timeout client 5m\n  timeout server 5m\n\
+         listen health\n  mode http\n  bind 127.0.0.1:{HEALTH}\n  monitor-uri /\n"
+    )
+}
+
+fn listen(port: u16, tls: &str, server: &str) -> String {
+    format!("listen on-{port}\n  bind :{port} backlog 4096 {tls}\n  server next {server}\n")
+}
+
+fn wait_ready(node: &Node, process: &Process) -> Result<()> {
+    let address = (IpAddr::from([127, 0, 0, 1]), HEALTH).into();
+    until("haproxy to serve", START_LIMIT, || {
+        let ready = node.enter(|| get(address, "/", START_LIMIT).is_ok());
+        (ready || !process.is_running()).then_some(ready)
+    })
+    .and_then(|ready| ready.then_some(()).context("haproxy ended at its start"))
+    .with_context(|| process.log())
+}
+
+/// Makes a certificate authority: `ca.pem` and `ca.key`.
+fn make_authority(folder: &Path) -> Result<()> {
+    openssl(folder, "ca", "/CN=ca", &[])
+}
+
+/// Makes a certificate for a node, and returns the file with it and its key, as haproxy wants it.
+fn make_certificate(folder: &Path, node: &str) -> Result<String> {
+    let name = format!("subjectAltName=DNS:{node}");
+    let signed = ["-CA", "ca.pem", "-CAkey", "ca.key", "-addext", &name];
+    openssl(folder, node, &format!("/CN={node}"), &signed)?;
+    let both = ["pem", "key"].map(|ending| fs::read(folder.join(format!("{node}.{ending}"))));
+    let [certificate, key] = both;
+    let path = folder.join(format!("{node}-both.pem"));
+    fs::write(&path, [certificate?, key?].concat())?;
+    Ok(path.display().to_string())
+}
+
+/// Makes `name.pem` with a P-256 key in `name.key`.
+fn openssl(folder: &Path, name: &str, subject: &str, more: &[&str]) -> Result<()> {
+    let mut command = Command::new("openssl");
+    command.current_dir(folder);
+    command.args(["req", "-x509", "-nodes", "-days", "2"]);
+    command.args(["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]);
+    command.args(["-subj", subject, "-out", &format!("{name}.pem")]);
+    command.args(["-keyout", &format!("{name}.key")]);
+    let done = command.args(more).output().context("running openssl")?;
+    let said = String::from_utf8_lossy(&done.stderr);
+    ensure!(done.status.success(), "openssl: {}: {said}", done.status);
+    Ok(())
+}

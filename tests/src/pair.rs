@@ -193,7 +193,9 @@ impl Pair {
     pub fn connection(&self) -> Result<(TcpStream, TcpStream)> {
         let listener = listen(&self.server, 0)?;
         let to = self.address(listener.local_addr()?.port());
-        let client = self.dial(to).with_context(|| format!("connecting to {to}"))?;
+        let client = self
+            .dial(to)
+            .with_context(|| format!("connecting to {to}"))?;
         let server = accept(&listener)?;
         self.check_peer(&server)?;
         Ok((client, server))

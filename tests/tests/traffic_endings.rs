@@ -162,7 +162,10 @@ fn a_reset_unblocks_a_blocked_writer(pair: &Pair) {
             blocked.join().unwrap().unwrap()
         });
         assert!(
-            matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe),
+            matches!(
+                error.kind(),
+                ErrorKind::ConnectionReset | ErrorKind::BrokenPipe
+            ),
             "{error}"
         );
     }

@@ -52,8 +52,12 @@ fn slow_ends_get_all_bytes_at_their_own_pace(pair: &Pair) {
 
 fn a_slow_reader_holds_up_its_writer(writer: &TcpStream, mut reader: &TcpStream) {
     const LENGTH: usize = 24 * MIB;
-    SockRef::from(writer).set_send_buffer_size(64 << 10).unwrap();
-    SockRef::from(reader).set_recv_buffer_size(64 << 10).unwrap();
+    SockRef::from(writer)
+        .set_send_buffer_size(64 << 10)
+        .unwrap();
+    SockRef::from(reader)
+        .set_recv_buffer_size(64 << 10)
+        .unwrap();
     let pushed = AtomicUsize::new(0);
     let counting = Counting(writer, &pushed);
     thread::scope(|scope| {
@@ -63,7 +67,9 @@ fn a_slow_reader_holds_up_its_writer(writer: &TcpStream, mut reader: &TcpStream)
             let mut piece = vec![0; length];
             reader.read_exact(&mut piece).unwrap();
             received.extend(piece);
-            let ahead = pushed.load(Ordering::Relaxed).saturating_sub(received.len());
+            let ahead = pushed
+                .load(Ordering::Relaxed)
+                .saturating_sub(received.len());
             assert!(ahead <= AHEAD, "the writer is {ahead} bytes ahead");
         });
         payload::receive(received.chain(reader), 1, LENGTH).unwrap();
@@ -140,7 +146,10 @@ fn wait_until_blocked(pushed: &AtomicUsize) {
 /// As istio/ztunnel#1538 has it, where streams that nobody read took the window of all others.
 fn a_stalled_connection_stops_no_other(pair: &Pair) {
     let stalled: Vec<_> = (0..4).map(|_| pair.connection().unwrap()).collect();
-    let pushed: Vec<_> = stalled.iter().flat_map(|(a, b)| [fill(a), fill(b)]).collect();
+    let pushed: Vec<_> = stalled
+        .iter()
+        .flat_map(|(a, b)| [fill(a), fill(b)])
+        .collect();
     let (client, server) = pair.connection().unwrap();
     let began = Instant::now();
     thread::scope(|scope| {
@@ -149,7 +158,11 @@ fn a_stalled_connection_stops_no_other(pair: &Pair) {
         scope.spawn(|| payload::send(&server, 2, 4 * MIB).unwrap());
         payload::receive(&client, 2, 4 * MIB).unwrap();
     });
-    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    assert!(
+        began.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        began.elapsed()
+    );
     for ((client, server), pushed) in stalled.iter().zip(pushed.chunks(2)) {
         read_zeroes(server, pushed[0]);
         read_zeroes(client, pushed[1]);
@@ -158,7 +171,9 @@ fn a_stalled_connection_stops_no_other(pair: &Pair) {
 
 /// Writes zeroes until nothing more is taken for half a second, and returns how many.
 fn fill(mut stream: &TcpStream) -> usize {
-    stream.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
+    stream
+        .set_write_timeout(Some(Duration::from_millis(500)))
+        .unwrap();
     let (zeroes, mut pushed) = (vec![0; 64 << 10], 0);
     loop {
         match stream.write(&zeroes) {

@@ -29,7 +29,13 @@ on_each_way!(
 
 fn short_connections_all_get_their_answer(pair: &Pair) {
     let number = pair.way.fewer_if_slow(10_000);
-    let ends = |turn| if turn % 2 == 0 { CLIENT_ENDS } else { SERVER_ENDS };
+    let ends = |turn| {
+        if turn % 2 == 0 {
+            CLIENT_ENDS
+        } else {
+            SERVER_ENDS
+        }
+    };
     ask_often(pair, number, ends);
 }
 
@@ -51,7 +57,9 @@ fn ask_often(pair: &Pair, number: usize, who_ends: impl Fn(usize) -> u8 + Sync) 
         thread::scope(|scope| {
             let clients = (0..THREADS).map(|_| scope.spawn(|| pair.client.enter(ask_all)));
             let clients: Vec<_> = clients.collect();
-            clients.into_iter().for_each(|client| client.join().unwrap());
+            clients
+                .into_iter()
+                .for_each(|client| client.join().unwrap());
         });
     });
 }

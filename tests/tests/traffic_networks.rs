@@ -53,7 +53,10 @@ fn exchange(way: Way, client: &Pod, server: &Pod, address: IpAddr) {
         let ours = opened.unwrap_or_else(|error| panic!("{way:?}, connecting to {to}: {error}"));
         let theirs = accept(&listener).unwrap();
         let peer = theirs.peer_addr().unwrap().ip().to_canonical();
-        assert!(client.addresses().contains(&peer), "{way:?}: {to} sees {peer}");
+        assert!(
+            client.addresses().contains(&peer),
+            "{way:?}: {to} sees {peer}"
+        );
         send_both_ways(&ours, &theirs, lengths);
     }
 }

@@ -1,0 +1,223 @@
+//! How fast bytes flow: as fast as the slower end, and nobody else's connection is the slower.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
+
+use std::{
+    io::{ErrorKind, Read, Write},
+    net::TcpStream,
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use malla_testbed::{PATIENCE, Pair, eventually, on_each_way, payload};
+use socket2::SockRef;
+
+const MIB: usize = 1 << 20;
+
+/// What a sender may push ahead of its reader, with small buffers at both apps: what the kernel
+/// takes for the sockets between (it grows a send buffer to 4 MiB), and a stream's window.
+const AHEAD: usize = 8 * MIB;
+
+/// What an agent may grow by while connections are blocked.
+const GROWTH: usize = 16 * MIB;
+
+on_each_way!(
+    [Direct, Mesh, RandomPorts, LossyWire, ToUnmeshed, FromUnmeshed]
+    slow_ends_get_all_bytes_at_their_own_pace,
+    a_writer_without_a_reader_is_blocked,
+    a_stalled_connection_stops_no_other,
+    both_directions_flow_at_once,
+);
+
+/// 64 KiB/s for 10 s, a tenth of it each time.
+fn paced(mut step: impl FnMut(usize)) {
+    let began = Instant::now();
+    for turn in 0..100 {
+        step(6_553);
+        let next = began + Duration::from_millis(100) * (turn + 1);
+        thread::sleep(next.saturating_duration_since(Instant::now()));
+    }
+}
+
+fn slow_ends_get_all_bytes_at_their_own_pace(pair: &Pair) {
+    let [from_client, from_server] = [(); 2].map(|()| pair.connection().unwrap());
+    let slowly_written = pair.connection().unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| a_slow_reader_holds_up_its_writer(&from_client.0, &from_client.1));
+        scope.spawn(|| a_slow_reader_holds_up_its_writer(&from_server.1, &from_server.0));
+        a_slow_writers_bytes_arrive_at_once(&slowly_written.0, &slowly_written.1);
+    });
+}
+
+fn a_slow_reader_holds_up_its_writer(writer: &TcpStream, mut reader: &TcpStream) {
+    const LENGTH: usize = 24 * MIB;
+    SockRef::from(writer)
+        .set_send_buffer_size(64 << 10)
+        .unwrap();
+    SockRef::from(reader)
+        .set_recv_buffer_size(64 << 10)
+        .unwrap();
+    let pushed = AtomicUsize::new(0);
+    let counting = Counting(writer, &pushed);
+    thread::scope(|scope| {
+        scope.spawn(|| payload::send(counting, 1, LENGTH).unwrap());
+        let mut received = Vec::new();
+        paced(|length| {
+            let mut piece = vec![0; length];
+            reader.read_exact(&mut piece).unwrap();
+            received.extend(piece);
+            let ahead = pushed
+                .load(Ordering::Relaxed)
+                .saturating_sub(received.len());
+            assert!(ahead <= AHEAD, "the writer is {ahead} bytes ahead");
+        });
+        payload::receive(received.chain(reader), 1, LENGTH).unwrap();
+    });
+}
+
+/// Counts what was written.
+struct Counting<'a>(&'a TcpStream, &'a AtomicUsize);
+
+impl Write for Counting<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let written = self.0.write(bytes)?;
+        self.1.fetch_add(written, Ordering::Relaxed);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn a_slow_writers_bytes_arrive_at_once(mut writer: &TcpStream, mut reader: &TcpStream) {
+    let mut payload = payload::Payload::new(3);
+    paced(|length| {
+        let piece = payload.next(length);
+        writer.write_all(piece).unwrap();
+        let (written, mut received) = (Instant::now(), vec![0; length]);
+        reader.read_exact(&mut received).unwrap();
+        assert!(received == piece);
+        // A lost packet is sent again within a second at the latest.
+        let late = written.elapsed();
+        assert!(late < Duration::from_secs(2), "{late:?} later");
+    });
+}
+
+fn a_writer_without_a_reader_is_blocked(pair: &Pair) {
+    const LENGTH: usize = 64 * MIB;
+    let before = pair.agents().map(|agent| agent.resident_memory().unwrap());
+    for server_writes in [false, true] {
+        let (client, server) = pair.connection().unwrap();
+        let (writer, reader) = if server_writes {
+            (server, client)
+        } else {
+            (client, server)
+        };
+        let pushed = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            scope.spawn(|| payload::send(Counting(&writer, &pushed), 1, LENGTH).unwrap());
+            wait_until_blocked(&pushed);
+            let ahead = pushed.load(Ordering::Relaxed);
+            assert!(ahead < LENGTH / 2, "{ahead} bytes went to nobody");
+            for (agent, before) in pair.agents().iter().zip(before) {
+                let now = agent.resident_memory().unwrap();
+                assert!(now < before + GROWTH, "from {before} to {now} bytes");
+            }
+            payload::receive(&reader, 1, LENGTH).unwrap();
+        });
+    }
+}
+
+/// Waits until nothing was written for 2 s.
+fn wait_until_blocked(pushed: &AtomicUsize) {
+    let mut last = (0, Instant::now());
+    eventually("a writer to be blocked", PATIENCE, || {
+        let now = pushed.load(Ordering::Relaxed);
+        if now != last.0 {
+            last = (now, Instant::now());
+        }
+        last.1.elapsed() > Duration::from_secs(2)
+    })
+    .unwrap();
+}
+
+/// As istio/ztunnel#1538 has it, where streams that nobody read took the window of all others.
+fn a_stalled_connection_stops_no_other(pair: &Pair) {
+    let stalled: Vec<_> = (0..4).map(|_| pair.connection().unwrap()).collect();
+    let pushed: Vec<_> = stalled
+        .iter()
+        .flat_map(|(a, b)| [fill(a), fill(b)])
+        .collect();
+    let (client, server) = pair.connection().unwrap();
+    let began = Instant::now();
+    thread::scope(|scope| {
+        scope.spawn(|| payload::send(&client, 1, 4 * MIB).unwrap());
+        payload::receive(&server, 1, 4 * MIB).unwrap();
+        scope.spawn(|| payload::send(&server, 2, 4 * MIB).unwrap());
+        payload::receive(&client, 2, 4 * MIB).unwrap();
+    });
+    assert!(
+        began.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        began.elapsed()
+    );
+    for ((client, server), pushed) in stalled.iter().zip(pushed.chunks(2)) {
+        read_zeroes(server, pushed[0]);
+        read_zeroes(client, pushed[1]);
+    }
+}
+
+/// Writes zeroes until nothing more is taken for half a second, and returns how many.
+fn fill(mut stream: &TcpStream) -> usize {
+    stream
+        .set_write_timeout(Some(Duration::from_millis(500)))
+        .unwrap();
+    let (zeroes, mut pushed) = (vec![0; 64 << 10], 0);
+    loop {
+        match stream.write(&zeroes) {
+            Ok(written) => pushed += written,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return pushed,
+            Err(error) => panic!("after {pushed} bytes: {error}"),
+        }
+    }
+}
+
+fn read_zeroes(mut stream: &TcpStream, length: usize) {
+    let mut buffer = vec![1; length];
+    stream.read_exact(&mut buffer).unwrap();
+    assert!(buffer.iter().all(|byte| *byte == 0));
+}
+
+fn both_directions_flow_at_once(pair: &Pair) {
+    let length = pair.way.fewer_if_slow(64 * MIB);
+    let (client, server) = pair.connection().unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| payload::send(&client, 1, length).unwrap());
+        scope.spawn(|| payload::send(&server, 2, length).unwrap());
+        scope.spawn(|| payload::receive(&server, 1, length).unwrap());
+        payload::receive(&client, 2, length).unwrap();
+    });
+}
+
+#[test]
+#[ignore = "long: 2 GiB each way"]
+fn two_gibibytes_arrive_as_they_were_sent() {
+    for way in [malla_testbed::Way::Mesh, malla_testbed::Way::ToUnmeshed] {
+        let pair = Pair::new(way).unwrap();
+        for server_sends in [false, true] {
+            let (client, server) = pair.connection().unwrap();
+            let (from, to) = if server_sends {
+                (&server, &client)
+            } else {
+                (&client, &server)
+            };
+            thread::scope(|scope| {
+                scope.spawn(|| payload::send(from, 1, 2048 * MIB).unwrap());
+                payload::receive(to, 1, 2048 * MIB).unwrap();
+            });
+        }
+        pair.nothing_is_held().unwrap();
+    }
+}

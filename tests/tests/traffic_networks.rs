@@ -1,0 +1,183 @@
+//! Networks of all kinds: sizes of packets, families of addresses, interfaces, neighbours.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
+
+use std::{
+    net::{IpAddr, SocketAddr, TcpStream},
+    sync::Arc,
+    thread,
+};
+
+use malla_testbed::{Link, Pair, Pod, PodSpec, Testbed, Way, accept, listen, payload};
+
+const WAYS: [Way; 5] = [
+    Way::Mesh,
+    Way::RandomPorts,
+    Way::LossyWire,
+    Way::ToUnmeshed,
+    Way::FromUnmeshed,
+];
+
+/// Both ends send at once: one less than a packet, the other many.
+const LENGTHS: [usize; 2] = [700, 1 << 20];
+
+/// Runs the exchange on each way, with pods as described, over each family that both have.
+fn exchange_on_each_way(client: &PodSpec, server: &PodSpec, wire_mtu: u32) {
+    for way in WAYS {
+        let bed = bed(way).with_wire_mtu(wire_mtu);
+        let pair = Pair::on(bed, way, client.clone(), server.clone()).unwrap();
+        let families = pair.addresses(0);
+        assert!(!families.is_empty());
+        for address in families {
+            exchange(way, &pair.client, &pair.server, address.ip());
+        }
+        pair.nothing_is_held().unwrap();
+    }
+}
+
+fn bed(way: Way) -> Testbed {
+    let link = match way {
+        Way::LossyWire => Link::LOSSY_WIRE,
+        _ => Link::Veth,
+    };
+    Testbed::new("network").unwrap().with_link(link)
+}
+
+/// Opens a connection to an address of the server, which must see the client as its peer, and
+/// sends both ways at once.
+fn exchange(way: Way, client: &Pod, server: &Pod, address: IpAddr) {
+    let listener = listen(server, 0).unwrap();
+    let to = SocketAddr::new(address, listener.local_addr().unwrap().port());
+    for lengths in [LENGTHS, [LENGTHS[1], LENGTHS[0]]] {
+        let opened = client.enter(|| way.dial(to));
+        let ours = opened.unwrap_or_else(|error| panic!("{way:?}, connecting to {to}: {error}"));
+        let theirs = accept(&listener).unwrap();
+        let peer = theirs.peer_addr().unwrap().ip().to_canonical();
+        assert!(
+            client.addresses().contains(&peer),
+            "{way:?}: {to} sees {peer}"
+        );
+        send_both_ways(&ours, &theirs, lengths);
+    }
+}
+
+fn send_both_ways(ours: &TcpStream, theirs: &TcpStream, lengths: [usize; 2]) {
+    thread::scope(|scope| {
+        scope.spawn(|| payload::send(ours, 1, lengths[0]).unwrap());
+        scope.spawn(|| payload::send(theirs, 2, lengths[1]).unwrap());
+        scope.spawn(|| payload::receive(theirs, 1, lengths[0]).unwrap());
+        payload::receive(ours, 2, lengths[1]).unwrap();
+    });
+}
+
+fn specs() -> [PodSpec; 2] {
+    [PodSpec::new("client"), PodSpec::new("server")]
+}
+
+#[test]
+fn dual_stack_pods_reach_each_other_over_both_families() {
+    let [client, server] = specs();
+    exchange_on_each_way(&client, &server, 1500);
+}
+
+#[test]
+fn pods_with_ipv6_alone_reach_each_other() {
+    let [client, server] = specs().map(PodSpec::ipv6_only);
+    exchange_on_each_way(&client, &server, 1500);
+}
+
+#[test]
+fn pods_without_any_ipv6_reach_each_other() {
+    let [client, server] = specs().map(PodSpec::disable_ipv6);
+    exchange_on_each_way(&client, &server, 1500);
+}
+
+#[test]
+fn a_pod_without_any_ipv6_and_a_dual_stack_pod_reach_each_other() {
+    let [client, server] = specs();
+    exchange_on_each_way(&client.clone().disable_ipv6(), &server, 1500);
+    exchange_on_each_way(&client, &server.disable_ipv6(), 1500);
+}
+
+#[test]
+fn small_packets_carry_everything() {
+    let [client, server] = specs().map(|spec| spec.mtu(1400));
+    exchange_on_each_way(&client, &server, 1400);
+}
+
+#[test]
+fn large_packets_carry_everything() {
+    let [client, server] = specs().map(|spec| spec.mtu(9000));
+    exchange_on_each_way(&client, &server, 9000);
+}
+
+#[test]
+fn large_packets_of_pods_are_cut_for_a_wire_of_smaller_ones() {
+    let [client, server] = specs().map(|spec| spec.mtu(9000));
+    exchange_on_each_way(&client, &server, 1400);
+}
+
+#[test]
+fn each_address_of_a_pod_with_two_interfaces_is_reached() {
+    for way in WAYS {
+        let [client, server] = specs();
+        let pair = Pair::on(bed(way), way, client, server.second_interface()).unwrap();
+        assert_eq!(pair.server.addresses().len(), 4);
+        for address in pair.server.addresses() {
+            exchange(way, &pair.client, &pair.server, *address);
+        }
+        pair.nothing_is_held().unwrap();
+    }
+}
+
+#[test]
+fn a_pod_with_two_interfaces_reaches_others_by_either() {
+    for way in WAYS {
+        let [client, server] = specs();
+        let mut pair = Pair::on(bed(way), way, client.second_interface(), server).unwrap();
+        // One that is a neighbour of the second interface, meshed as the client's server is.
+        let neighbour = PodSpec::new("neighbour").second_interface();
+        let neighbour = match way {
+            Way::ToUnmeshed => neighbour.unmeshed(),
+            _ => neighbour,
+        };
+        let neighbour = pair.bed.pod(&pair.a, neighbour).unwrap();
+        wait_enrolled(&pair, &neighbour, way);
+        for address in pair.server.addresses() {
+            exchange(way, &pair.client, &pair.server, *address);
+        }
+        for address in neighbour.addresses() {
+            exchange(way, &pair.client, &neighbour, *address);
+        }
+    }
+}
+
+#[test]
+fn pods_of_one_node_reach_each_other_and_themselves() {
+    for way in WAYS {
+        let [client, server] = specs();
+        let mut pair = Pair::on(bed(way), way, client, server).unwrap();
+        let neighbour = PodSpec::new("neighbour");
+        let neighbour = match way {
+            Way::ToUnmeshed => neighbour.unmeshed(),
+            _ => neighbour,
+        };
+        let neighbour = pair.bed.pod(&pair.a, neighbour).unwrap();
+        wait_enrolled(&pair, &neighbour, way);
+        for address in neighbour.addresses() {
+            exchange(way, &pair.client, &neighbour, *address);
+        }
+        for address in pair.client.addresses() {
+            exchange(way, &pair.client, &pair.client, *address);
+        }
+    }
+}
+
+/// Waits until the agent of node `a` has taken in a pod that came later.
+fn wait_enrolled(pair: &Pair, pod: &Arc<Pod>, way: Way) {
+    if way != Way::ToUnmeshed {
+        let line = format!("workload=default/{}", pod.name());
+        let agent = pair.bed.agent(&pair.a).process();
+        agent.wait_for_log(&line, malla_testbed::PATIENCE).unwrap();
+    }
+}

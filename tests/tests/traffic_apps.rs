@@ -255,10 +255,14 @@ fn redis_cli_reads_what_it_wrote_to_redis(pair: &Pair) {
         assert_eq!(said.stdout, "OK\n");
         let said = cli(&["get", "key"]).run().unwrap().stdout;
         assert!(said.trim_end() == value, "{} bytes", said.len());
-        let commands: String = (0..1_000)
+        let commands: Vec<String> = (0..1_000)
             .map(|turn| format!("SET key{turn} {turn}\r\n"))
             .collect();
-        let said = cli(&["--pipe"]).input(commands).run().unwrap().stdout;
+        let said = cli(&["--pipe"])
+            .input(commands.concat())
+            .run()
+            .unwrap()
+            .stdout;
         assert!(said.contains("errors: 0, replies: 1000"), "{said}");
     }
 }

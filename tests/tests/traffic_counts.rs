@@ -1,6 +1,7 @@
 //! What metrics and access log say of connections, compared with what their client did.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
+#![expect(clippy::float_cmp, reason = "metrics of whole numbers are exact")]
 
 use std::{
     net::{Shutdown, SocketAddr, TcpStream},
@@ -86,7 +87,6 @@ fn number(count: usize) -> f64 {
     count as f64
 }
 
-#[expect(clippy::float_cmp, reason = "whole numbers")]
 fn counters_agree_with_what_the_client_did(pair: &Pair) {
     const CONNECTIONS: usize = 20;
     for turn in 0..CONNECTIONS {

@@ -15,9 +15,10 @@ use socket2::SockRef;
 
 const MIB: usize = 1 << 20;
 
-/// What a sender may push ahead of its reader, with small buffers at both apps: what the kernel
-/// takes for the sockets between (it grows a send buffer to 4 MiB), and a stream's window.
-const AHEAD: usize = 8 * MIB;
+/// What a sender may push ahead of its reader, with small buffers at both apps. Between them are a
+/// stream's window and the buffers of the kernel for two more sockets, or four with two agents: it
+/// grows a send buffer to 4 MiB, and a receive buffer with what was read in a round trip.
+const AHEAD: usize = 12 * MIB;
 
 /// What an agent may grow by while connections are blocked.
 const GROWTH: usize = 16 * MIB;

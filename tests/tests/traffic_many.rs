@@ -55,11 +55,10 @@ fn ask_often(pair: &Pair, number: usize, who_ends: impl Fn(usize) -> u8 + Sync) 
     };
     answering.while_answering(|| {
         thread::scope(|scope| {
-            let clients = (0..THREADS).map(|_| scope.spawn(|| pair.client.enter(ask_all)));
-            let clients: Vec<_> = clients.collect();
-            clients
-                .into_iter()
-                .for_each(|client| client.join().unwrap());
+            // The scope ends when all have, and with a panic if one had.
+            for _ in 0..THREADS {
+                scope.spawn(|| pair.client.enter(ask_all));
+            }
         });
     });
 }
@@ -191,7 +190,7 @@ fn one_source_port_connects_a_thousand_times_while_the_proxys_side_ends_first() 
 }
 
 /// The server ends first, so the agent ends first towards the client: its side is the one that is
-/// in TIME_WAIT when the same source port comes again.
+/// in `TIME_WAIT` when the same source port comes again.
 fn reconnect(pair: &Pair, mut to: SocketAddr) {
     const SOURCE: u16 = 45_000;
     let answering = Answering::start(&pair.server);

@@ -222,12 +222,20 @@ fn pass_unsteered(packet: &Packet, socket: Option<Socket>) {
 
 #[inline(always)]
 fn to_loopback(ctx: &TcContext, packet: &Packet) -> i32 {
-    if packet.ip == NO_LINK_HEADER && add_link_header(ctx, packet).is_err() {
+    let leaves_interface = !packet.flow.destination.is_v6_link_local();
+    if packet.ip == NO_LINK_HEADER && leaves_interface && add_link_header(ctx, packet).is_err() {
         return drop(ctx, packet, Reason::Unparsable);
     }
     ctx.set_mark(STEER_MARK);
+    // A link-local address is delivered only on its own interface.
+    let interface = if packet.flow.destination.is_v6_link_local() {
+        // SAFETY: the context is valid for the whole run of the program.
+        unsafe { (*ctx.skb.skb).ifindex }
+    } else {
+        LOOPBACK
+    };
     // SAFETY: a plain helper call on numbers.
-    unsafe { bpf_redirect(LOOPBACK, u64::from(BPF_F_INGRESS)) as i32 }
+    unsafe { bpf_redirect(interface, u64::from(BPF_F_INGRESS)) as i32 }
 }
 
 /// The loopback's packets have an Ethernet header, whose addresses are zero.

@@ -11,13 +11,16 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use aya_log_ebpf::debug;
-use malla_common::{Direction, Outcome, Reason, Role, Unit, pod_flags, ports};
+use malla_common::{Direction, Outcome, Reason, Role, STEER_MARK, Unit, pod_flags, ports};
 
 use crate::{
     maps::{OWN_DIAL, count, listener_lives, opt_out, pod_at},
     packet::{ETHERNET, Kind, NO_LINK_HEADER, Packet, socket_answers},
     refuse::{Towards, answer},
 };
+
+/// The packet is for this host.
+const PACKET_HOST: u32 = 0;
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
@@ -35,6 +38,12 @@ pub fn ingress_l3(ctx: TcContext) -> i32 {
 
 #[inline(always)]
 fn receive(ctx: &TcContext, ip: u32) -> i32 {
+    // SAFETY: the context is valid for the whole run of the program.
+    if unsafe { (*ctx.skb.skb).mark } == STEER_MARK {
+        // Steered to a link-local address. What comes from outside the netns has no mark.
+        let _ = ctx.change_type(PACKET_HOST);
+        return TC_ACT_UNSPEC;
+    }
     let (kind, packet) = Packet::read(ctx, ip);
     match kind {
         Kind::Other => TC_ACT_UNSPEC,

@@ -51,7 +51,8 @@ pub fn lookup(ctx: SkLookupContext) -> u32 {
         return PASS;
     }
 
-    let (pod, role) = if lookup.ingress_ifindex == LOOPBACK {
+    let steered_on_its_interface = flow.destination.is_v6_link_local() && destination.is_none();
+    let (pod, role) = if lookup.ingress_ifindex == LOOPBACK || steered_on_its_interface {
         (source, Role::Outbound)
     } else if flow.destination_port == ports::MESH {
         (destination, Role::Mesh)

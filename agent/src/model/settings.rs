@@ -101,7 +101,8 @@ impl Default for Settings {
                 first: 10_000,
                 last: 32_000,
             },
-            mesh_connect_timeout: Duration::from_secs(1),
+            // More than a lost SYN costs, which the kernel sends again after 1 s and 3 s.
+            mesh_connect_timeout: Duration::from_secs(5),
             connect_timeout: Duration::from_secs(5),
             idle_timeout: None,
         }

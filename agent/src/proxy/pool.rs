@@ -131,10 +131,14 @@ fn open_for_waiting(
                     drop(pool);
                     open_for_waiting(&worker, &pod, destination, &identity, &tunnels);
                 }
-                // Those that wait share the failure; the next one tries anew.
                 Err(failure) => {
-                    for waiting in pool.waiting.drain(..) {
-                        let _ = waiting.send(Err(failure));
+                    serve_waiting(&mut pool);
+                    // Those that no tunnel has room for, and none is being opened for, share the
+                    // failure; the next one tries anew.
+                    if pool.opening == 0 {
+                        for waiting in pool.waiting.drain(..) {
+                            let _ = waiting.send(Err(failure));
+                        }
                     }
                 }
             }

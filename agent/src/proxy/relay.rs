@@ -17,11 +17,12 @@ use std::{
 use bytes::{BufMut, Bytes, BytesMut};
 use h2::{Reason as H2Reason, RecvStream, SendStream};
 use tokio::{
-    io::{AsyncWrite, AsyncWriteExt},
+    io::{AsyncWrite, AsyncWriteExt, Interest},
     net::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
     },
+    sync::Notify,
     time::Instant,
 };
 use tokio_util::io::poll_read_buf;
@@ -107,24 +108,37 @@ pub(super) async fn tcp(
 ) -> Result<(), End> {
     let activity = Activity::new(idle);
     {
-        let (client_reader, client_writer) = client.split();
-        let (server_reader, server_writer) = server.split();
-        let up = copy(
-            buffers,
-            record,
-            &activity,
-            Side::Client,
-            client_reader,
-            server_writer,
-        );
-        let down = copy(
-            buffers,
-            record,
-            &activity,
-            Side::Server,
-            server_reader,
-            client_writer,
-        );
+        let (mut client_reader, client_writer) = client.split();
+        let (mut server_reader, server_writer) = server.split();
+        let (up_ended, down_ended) = (Notify::new(), Notify::new());
+        let up = async {
+            let reader = &mut client_reader;
+            copy(
+                buffers,
+                record,
+                &activity,
+                Side::Client,
+                reader,
+                server_writer,
+            )
+            .await?;
+            up_ended.notify_one();
+            no_reset(&client_reader, Side::Client, &down_ended).await
+        };
+        let down = async {
+            let reader = &mut server_reader;
+            copy(
+                buffers,
+                record,
+                &activity,
+                Side::Server,
+                reader,
+                client_writer,
+            )
+            .await?;
+            down_ended.notify_one();
+            no_reset(&server_reader, Side::Server, &up_ended).await
+        };
         tokio::select! {
             biased;
             both = async { tokio::try_join!(up, down) } => { both?; }
@@ -148,9 +162,17 @@ pub(super) async fn tunnel(
 ) -> Result<(), End> {
     let activity = Activity::new(idle);
     let result = {
-        let (reader, writer) = socket.split();
-        let up = into_stream(buffers, record, &activity, side, reader, send);
-        let down = out_of_stream(record, &activity, side, writer, receive);
+        let (mut reader, writer) = socket.split();
+        let down_ended = Notify::new();
+        let up = async {
+            into_stream(buffers, record, &activity, side, &mut reader, send).await?;
+            no_reset(&reader, side, &down_ended).await
+        };
+        let down = async {
+            out_of_stream(record, &activity, side, writer, receive).await?;
+            down_ended.notify_one();
+            Ok(())
+        };
         tokio::select! {
             biased;
             both = async { tokio::try_join!(up, down) } => both.map(|_| ()),
@@ -166,17 +188,30 @@ pub(super) async fn tunnel(
     result
 }
 
+/// Watches a socket that has said all it had to say: until the other direction has ended, only a
+/// reset can still come from it.
+async fn no_reset(reader: &ReadHalf<'_>, side: Side, other_ended: &Notify) -> Result<(), End> {
+    tokio::select! {
+        biased;
+        () = other_ended.notified() => Ok(()),
+        _ = reader.ready(Interest::ERROR) => {
+            // The kernel calls it EPIPE here, since the peer's FIN came first.
+            Err(side.failed(io::Error::from_raw_os_error(libc::ECONNRESET)))
+        }
+    }
+}
+
 async fn copy(
     buffers: &Buffers,
     record: &Record,
     activity: &Activity,
     side: Side,
-    mut reader: ReadHalf<'_>,
+    reader: &mut ReadHalf<'_>,
     mut writer: WriteHalf<'_>,
 ) -> Result<(), End> {
     let mut pace = Pace::default();
     loop {
-        let moved = poll_fn(|cx| buffers.poll_move(cx, &mut pace, &mut reader, &mut writer))
+        let moved = poll_fn(|cx| buffers.poll_move(cx, &mut pace, reader, &mut writer))
             .await
             .map_err(|failure| match failure {
                 Moving::Read(error) => side.failed(error),
@@ -204,13 +239,13 @@ async fn into_stream(
     record: &Record,
     activity: &Activity,
     side: Side,
-    mut reader: ReadHalf<'_>,
+    reader: &mut ReadHalf<'_>,
     send: &mut SendStream<Bytes>,
 ) -> Result<(), End> {
     let mut pace = Pace::default();
     loop {
         let read = poll_fn(|cx| {
-            if let Poll::Ready(read) = buffers.poll_read(cx, &mut pace, &mut reader) {
+            if let Poll::Ready(read) = buffers.poll_read(cx, &mut pace, reader) {
                 return Poll::Ready(Ok(read));
             }
             // While the socket is silent, the peer may want no more.

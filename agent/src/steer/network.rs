@@ -1,6 +1,11 @@
 //! What the agent sets up and watches in a pod's netns over rtnetlink.
 
-use std::{io, net::IpAddr, pin::Pin, task::Poll};
+use std::{
+    io,
+    net::{IpAddr, Ipv6Addr},
+    pin::Pin,
+    task::Poll,
+};
 
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use malla_common::{STEER_MARK, STEER_TABLE};
@@ -167,20 +172,25 @@ impl Network {
     pub async fn route_steered(&self) -> Result<(), NetworkError> {
         self.loopback_up_and_accepting().await?;
         self.rule_and_route(AddressFamily::Inet).await?;
-        match self.rule_and_route(AddressFamily::Inet6).await {
-            // A netns without IPv6 has none to steer.
-            Err(NetworkError::Netlink {
-                source: Error::NetlinkError(message),
-                ..
-            }) if matches!(
-                -message.raw_code(),
-                libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::EACCES | libc::EINVAL
-            ) =>
-            {
-                Ok(())
-            }
-            other => other,
-        }
+        ignore_without_ipv6(self.rule_and_route(AddressFamily::Inet6).await)
+    }
+
+    /// Delivers steered packets to link-local addresses, which the kernel takes only on their own
+    /// interface.
+    pub async fn route_link_local(&self, interface: &Interface) -> Result<(), NetworkError> {
+        let route = RouteMessageBuilder::<Ipv6Addr>::new()
+            .destination_prefix(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10)
+            .output_interface(interface.index)
+            .table_id(STEER_TABLE)
+            .protocol(RouteProtocol::Static)
+            .scope(RouteScope::Host)
+            .kind(RouteType::Local)
+            .build();
+        let added = self.handle.route().add(route).replace().execute().await;
+        ignore_without_ipv6(added.map_err(|source| NetworkError::Netlink {
+            what: "add the link-local route",
+            source,
+        }))
     }
 
     async fn loopback_up_and_accepting(&self) -> Result<(), NetworkError> {
@@ -280,5 +290,22 @@ impl Network {
                 what: "set an interface down",
                 source,
             })
+    }
+}
+
+/// A netns without IPv6 has none to steer.
+fn ignore_without_ipv6(result: Result<(), NetworkError>) -> Result<(), NetworkError> {
+    match result {
+        Err(NetworkError::Netlink {
+            source: Error::NetlinkError(message),
+            ..
+        }) if matches!(
+            -message.raw_code(),
+            libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::EACCES | libc::EINVAL
+        ) =>
+        {
+            Ok(())
+        }
+        other => other,
     }
 }

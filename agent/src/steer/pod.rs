@@ -379,7 +379,7 @@ async fn refresh(
 ) -> Result<(), EnrolError> {
     let addresses: HashSet<IpAddr> = network.addresses().await?.into_iter().collect();
     let interfaces = network.interfaces().await?;
-    let mut refused = Vec::new();
+    let (mut refused, mut steered) = (Vec::new(), Vec::new());
     {
         let mut state = state
             .lock()
@@ -417,8 +417,14 @@ async fn refresh(
                     refused.push(interface.clone());
                 }
             }
+            if attached.is_ok() {
+                steered.push(interface.clone());
+            }
             state.steered.insert(interface.index, attached.is_ok());
         }
+    }
+    for interface in steered {
+        network.route_link_local(&interface).await?;
     }
     for interface in refused {
         network.set_down(&interface).await?;

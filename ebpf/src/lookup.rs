@@ -14,7 +14,7 @@ use malla_common::{
     Address, Direction, Flow, ListenerKey, MAX_WORKERS, Pair, PairSlots, Role, pod_flags, ports,
 };
 
-use crate::maps::{LISTENERS, OWN_DIAL, PAIRS, WORKER_LOADS, WORKERS, opt_out, pod_at};
+use crate::maps::{LISTENERS, OWN_DIAL, PAIRS, SCOPES, WORKER_LOADS, WORKERS, opt_out, pod_at};
 
 const AF_INET: u32 = 2;
 const IPPROTO_TCP: u32 = 6;
@@ -51,7 +51,10 @@ pub fn lookup(ctx: SkLookupContext) -> u32 {
         return PASS;
     }
 
-    let steered_on_its_interface = flow.destination.is_v6_link_local() && destination.is_none();
+    // Steered without the loopback, and remembered for it. The destination may be a pod of this
+    // node, in whose own netns another tuple arrives: that of the agent's connection.
+    let steered_on_its_interface =
+        flow.destination.is_v6_link_local() && SCOPES.get_ptr(flow).is_some();
     let (pod, role) = if lookup.ingress_ifindex == LOOPBACK || steered_on_its_interface {
         (source, Role::Outbound)
     } else if flow.destination_port == ports::MESH {

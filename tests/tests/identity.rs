@@ -120,7 +120,8 @@ fn openssl_sees_a_chain_to_the_trust_anchor_and_is_asked_for_its_own() {
     let world = World::new(Testbed::new("openssl").unwrap());
     let anchors = hbone::identity_folder(&world.bed).join("ca.crt");
     let (server, anchors) = (format!("{}:{MESH}", world.pod.v4()), anchors.display());
-    let line = format!("openssl s_client -brief -connect {server} -alpn h2 -CAfile {anchors}");
+    let line =
+        format!("openssl s_client -brief -ign_eof -connect {server} -alpn h2 -CAfile {anchors}");
     let output = world.stranger.command(line.split(' ')).output().unwrap();
     let said = output.stdout + &output.stderr;
     for part in [

@@ -67,6 +67,13 @@ fn workload<'a>(mesh: &'a Mesh, namespace: &str, name: &str) -> &'a Workload {
 }
 
 #[test]
+fn the_example_for_users_is_a_good_file() {
+    let text = include_str!("../../../../../deploy/mesh.yaml");
+    let mesh = check(Path::new("deploy/mesh.yaml"), text).unwrap();
+    assert_eq!(mesh.workloads.len(), 3);
+}
+
+#[test]
 fn every_field_of_the_format_is_taken() {
     let mesh = mesh(FULL);
 

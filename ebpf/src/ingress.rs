@@ -56,11 +56,12 @@ fn receive(ctx: &TcContext, ip: u32) -> i32 {
 #[inline(always)]
 fn open(ctx: &TcContext, packet: &Packet) -> i32 {
     let flow = &packet.flow;
-    // A SYN from the wire is no dial of the agent: a stale entry would open a strict pod.
-    let _ = OWN_DIAL.remove(flow);
     if socket_answers(ctx, flow) {
         return refuse(ctx, packet, Reason::PortClash);
     }
+    // A SYN from the wire is no dial of the agent: a stale entry would open a strict pod. One of a
+    // dial that is under way was met above, and stays.
+    let _ = OWN_DIAL.remove(flow);
     let Some(pod) = pod_at(&flow.destination) else {
         if is_forwarded(ctx, packet) {
             // For or from a netns inside the pod: egress decides, by the interface it leaves by.

@@ -116,9 +116,10 @@ fn iperf3_runs_both_ways_with_several_streams(pair: &Pair) {
     let server = pair.server.spawn(["iperf3", "-s", "-p", &port]).unwrap();
     wait_listening(pair, &server);
     let to = pair.address(PORT).ip().to_string();
-    // The data connections take the port given and those after it.
-    let first = pair.way.client_port().clamp(33_000, 65_000).to_string();
     for direction in [&["-P", "4"][..], &["-R", "-P", "4"]] {
+        // The data connections take the port given and those after it, which no earlier run has
+        // left in TIME_WAIT.
+        let first = pair.way.client_port().clamp(33_000, 65_000).to_string();
         let mut command = vec!["iperf3", "-c", &to, "-p", &port, "-t", "1"];
         if pair.way != Way::Mesh {
             command.extend(["--cport", &first]);

@@ -59,9 +59,6 @@ fn open(ctx: &TcContext, packet: &Packet) -> i32 {
     if socket_answers(ctx, flow) {
         return refuse(ctx, packet, Reason::PortClash);
     }
-    // A SYN from the wire is no dial of the agent: a stale entry would open a strict pod. One of a
-    // dial that is under way was met above, and stays.
-    let _ = OWN_DIAL.remove(flow);
     let Some(pod) = pod_at(&flow.destination) else {
         if is_forwarded(ctx, packet) {
             // For or from a netns inside the pod: egress decides, by the interface it leaves by.
@@ -69,6 +66,14 @@ fn open(ctx: &TcContext, packet: &Packet) -> i32 {
         }
         return refuse(ctx, packet, Reason::UnknownAddress);
     };
+    // The tuple of a dial that is about to begin: the client would take its SYN. Without an agent
+    // the entry is a dead one's, and would let the client past it.
+    if OWN_DIAL.get_ptr(flow).is_some() {
+        if listener_lives(pod.pod, Role::Inbound) {
+            return refuse(ctx, packet, Reason::PortClash);
+        }
+        let _ = OWN_DIAL.remove(flow);
+    }
     if let Some(skipped) = opt_out(
         pod.pod,
         Direction::Inbound,

@@ -27,6 +27,8 @@ use crate::model::Reason;
 /// connection of the same client to the same address.
 const PORT_TRIES: u32 = 64;
 
+/// By now a packet that passed TC has met its socket. As short as the timer has it.
+const SETTLED: Duration = Duration::from_millis(1);
 /// A connection over the loopback opens within this time, or something is in its way.
 const AT_ONCE: Duration = Duration::from_millis(20);
 
@@ -71,6 +73,14 @@ pub struct OwnDial(BpfHashMap<MapData, Flow, u32>);
 impl OwnDial {
     pub(super) fn new(map: BpfHashMap<MapData, Flow, u32>) -> Self {
         Self(map)
+    }
+
+    /// Forgets the dials of an agent that was killed.
+    pub(super) fn clear(&mut self) {
+        let flows: Vec<Flow> = self.0.keys().flatten().collect();
+        for flow in &flows {
+            self.withdraw(flow);
+        }
     }
 
     /// Leaves this flow's SYN to the app's listener.
@@ -129,19 +139,8 @@ pub async fn to_app(
             source_replaced: true,
         });
     }
-    for _ in 0..PORT_TRIES {
-        let socket = pod
-            .netns
-            .enter(&pod.home, || transparent_socket(destination))??;
-        let port = pod
-            .dial_ports
-            .next(client, destination)
-            .ok_or(DialError::PortsExhausted)?;
-        match socket.bind(&SocketAddr::new(client, port).into()) {
-            Ok(()) => {}
-            Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) => continue,
-            Err(error) => return Err(error.into()),
-        }
+    for attempt in 0..PORT_TRIES {
+        let port = pod.dial_ports.next().ok_or(DialError::PortsExhausted)?;
         let flow = Flow {
             source: client.into(),
             destination: destination.ip().into(),
@@ -150,6 +149,25 @@ pub async fn to_app(
         };
         own_dial.borrow_mut().announce(flow)?;
         let _announced = Announced { own_dial, flow };
+        if pod.dial_ports.overlaps() {
+            // A client's SYN that passed `ingress` just before is on its way up the stack.
+            tokio::time::sleep(SETTLED).await;
+        }
+        let pressed = attempt >= PORT_TRIES / 2;
+        if pod
+            .dial_ports
+            .is_blocked(client, port, destination, pressed)
+        {
+            continue;
+        }
+        let socket = pod
+            .netns
+            .enter(&pod.home, || transparent_socket(destination))??;
+        match socket.bind(&SocketAddr::new(client, port).into()) {
+            Ok(()) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) => continue,
+            Err(error) => return Err(error.into()),
+        }
         let connecting = connect(
             TcpSocket::from_std_stream(socket.into()),
             destination,
@@ -158,8 +176,7 @@ pub async fn to_app(
         tokio::pin!(connecting);
         let connected = match timeout(AT_ONCE, &mut connecting).await {
             Ok(connected) => connected,
-            // A client may have come with this very tuple between the choice and the SYN, which
-            // its socket then takes. From now on `ingress` refuses such a client.
+            // A client's SYN that was past `ingress` when the tuple was announced takes the dial's.
             Err(_) if pod.dial_ports.is_held(client, port, destination) => continue,
             Err(_) => connecting.await,
         };

@@ -9,10 +9,6 @@ use std::{
 use super::diag::{Held, SocketDiag};
 use crate::model::PortRange;
 
-/// Ports that are looked at for one connection before it is given up: every one of them was held by
-/// a connection of the same client to the same address.
-const PORT_TRIES: u32 = 64;
-
 /// Source ports towards the app of one pod, shared by all workers.
 ///
 /// They go round the whole range before one comes again, so that its last connection is as long
@@ -55,30 +51,41 @@ impl DialPorts {
         }
     }
 
-    /// A port for a connection of `client` to `app` whose tuple no connection of the pod's netns
-    /// holds. One that was the agent's and is over may be used again (RFC 6191); one that may have
-    /// been the client's, whose clock is another, only when there is no better.
-    pub(super) fn next(&self, client: IpAddr, app: SocketAddr) -> Option<u16> {
-        let mut over = None;
-        for _ in 0..PORT_TRIES {
-            let turn = self.next.fetch_add(1, Ordering::Relaxed) as usize;
-            let port = *self.ports.get(turn.checked_rem(self.ports.len())?)?;
-            let overlaps = self.overlaps.load(Ordering::Relaxed);
-            let first_round = |left: u32| left.checked_sub(1);
-            let first =
-                self.first_round
-                    .fetch_update(Ordering::Relaxed, Ordering::Relaxed, first_round);
-            if first.is_ok() && !overlaps {
-                return Some(port);
-            }
-            match self.diag.find(app, SocketAddr::new(client, port)) {
-                Held::No => return Some(port),
-                Held::TimeWait if !overlaps => return Some(port),
-                Held::TimeWait => over = over.or(Some(port)),
-                Held::Connection => {}
-            }
+    /// Whether clients use ports of the range themselves.
+    pub(super) fn overlaps(&self) -> bool {
+        self.overlaps.load(Ordering::Relaxed)
+    }
+
+    /// The next port. None when the range is empty.
+    pub(super) fn next(&self) -> Option<u16> {
+        let turn = self.next.fetch_add(1, Ordering::Relaxed) as usize;
+        self.ports.get(turn.checked_rem(self.ports.len())?).copied()
+    }
+
+    /// Whether a connection at the app's end is in the way of this tuple, which has been announced
+    /// already, so that none can come from now on. A connection that was the agent's and is over
+    /// is in nobody's way (RFC 6191); one that may have been the client's, whose clock is another,
+    /// is, unless there is nothing better (`pressed`).
+    pub(super) fn is_blocked(
+        &self,
+        client: IpAddr,
+        port: u16,
+        app: SocketAddr,
+        pressed: bool,
+    ) -> bool {
+        let overlaps = self.overlaps();
+        let first_round = |left: u32| left.checked_sub(1);
+        let first =
+            self.first_round
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, first_round);
+        if first.is_ok() && !overlaps {
+            return false;
         }
-        over
+        match self.diag.find(app, SocketAddr::new(client, port)) {
+            Held::No => false,
+            Held::TimeWait => overlaps && !pressed,
+            Held::Connection => true,
+        }
     }
 
     /// Whether a connection at the app's end has this tuple.

@@ -95,6 +95,7 @@ impl Steering {
         maps.workers
             .set(0, u32::from(workers), 0)
             .map_err(map("WORKERS"))?;
+        programs.own_dial()?.clear();
         let reader = ebpf_log::Reader::start(&mut programs, log);
         let links = node.bpffs.join("links");
         programs::make_folder(&links)?;

@@ -65,6 +65,10 @@ fn steer(ctx: &TcContext, ip: u32) -> i32 {
         return TC_ACT_UNSPEC;
     }
     if socket_receives(ctx, &packet.flow) {
+        // Carried by the agent: nothing of it may pass once the agent's socket is gone.
+        if let Some(state) = socket.and_then(Socket::state_or_new) {
+            state.verdict = Verdict::Steer as u8;
+        }
         return to_loopback(ctx, &packet);
     }
     pass_unsteered(&packet, socket);

@@ -12,6 +12,9 @@ pub const ETHERNET: u32 = 14;
 /// Offset of the IP header on a device without (tun, IPsec, ...).
 pub const NO_LINK_HEADER: u32 = 0;
 
+/// Offset of the protocol in an Ethernet header.
+const ETHERTYPE: usize = 12;
+
 pub const ETH_P_IP: u16 = 0x0800;
 pub const ETH_P_IPV6: u16 = 0x86dd;
 const ETH_P_8021Q: u16 = 0x8100;
@@ -115,8 +118,17 @@ impl Packet {
     #[inline(always)]
     pub fn read(ctx: &TcContext, ip: u32) -> (Kind, Self) {
         let mut packet = Self { ip, ..Self::EMPTY };
-        // SAFETY: the context is valid for the whole run of the program.
-        let protocol = u16::from_be(unsafe { (*ctx.skb.skb).protocol } as u16);
+        // Where there is an Ethernet header, what it says is what the receiver reads; elsewhere a
+        // packet socket's sender has the word.
+        let protocol = if ip == ETHERNET {
+            match ctx.load::<u16>(ETHERTYPE) {
+                Ok(protocol) => u16::from_be(protocol),
+                Err(_) => return (Kind::Unparsable, packet),
+            }
+        } else {
+            // SAFETY: the context is valid for the whole run of the program.
+            u16::from_be(unsafe { (*ctx.skb.skb).protocol } as u16)
+        };
         let kind = match protocol {
             ETH_P_IP => packet.read_v4(ctx),
             ETH_P_IPV6 => packet.read_v6(ctx),

@@ -82,7 +82,10 @@ fn with_scope(worker: &Worker, source: SocketAddr, destination: SocketAddr) -> S
         source_port: source.port(),
         destination_port: destination.port(),
     };
-    let scope = worker.scopes.get(&flow, 0).unwrap_or(0);
+    let mut scopes = worker.scopes.borrow_mut();
+    let scope = scopes.get(&flow, 0).unwrap_or(0);
+    // The entry also tells `lookup` of this SYN, and must not tell of a later one.
+    let _ = scopes.remove(&flow);
     SocketAddrV6::new(*v6.ip(), v6.port(), 0, scope).into()
 }
 

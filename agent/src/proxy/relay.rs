@@ -188,6 +188,21 @@ pub(super) async fn tunnel(
     result
 }
 
+/// Writes all of `bytes`; each part of it is activity.
+async fn write(
+    writer: &mut WriteHalf<'_>,
+    bytes: &mut Bytes,
+    activity: &Activity,
+) -> io::Result<()> {
+    while !bytes.is_empty() {
+        if writer.write_buf(bytes).await? == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        activity.happened();
+    }
+    Ok(())
+}
+
 /// Watches a socket that has said all it had to say: until the other direction has ended, only a
 /// reset can still come from it.
 async fn no_reset(reader: &ReadHalf<'_>, side: Side, other_ended: &Notify) -> Result<(), End> {
@@ -223,8 +238,7 @@ async fn copy(
             let _ = writer.shutdown().await;
             return Ok(());
         }
-        writer
-            .write_all_buf(&mut rest)
+        write(&mut writer, &mut rest, activity)
             .await
             .map_err(|error| side.other().failed(error))?;
         side.sent(record, bytes);
@@ -274,6 +288,7 @@ async fn into_stream(
                 },
                 capacity => capacity,
             };
+            activity.happened();
             let part = chunk.split_to(capacity.min(chunk.len()));
             if let Err(error) = send.send_data(part, false) {
                 return stream_ended(&error, side.other());
@@ -303,8 +318,7 @@ async fn out_of_stream(
             }
         };
         let bytes = chunk.len();
-        writer
-            .write_all_buf(&mut chunk)
+        write(&mut writer, &mut chunk, activity)
             .await
             .map_err(|error| side.failed(error))?;
         // Fails only for a stream that has ended, which the next read tells.

@@ -15,6 +15,7 @@ use h2::{RecvStream, SendStream, client::SendRequest};
 use http::{Request, StatusCode};
 use malla_common::Reason;
 use rustls::{Side, pki_types::ServerName};
+use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite, BufReader, ReadBuf},
     net::TcpStream,
@@ -35,6 +36,8 @@ use crate::{
     telemetry::{Direction, Failure},
 };
 
+/// What was sent into a tunnel is acknowledged within this time, or its peer is gone.
+const USER_TIMEOUT: Duration = Duration::from_secs(30);
 /// What one read of a tunnel's socket takes. A tunnel carries many connections, and rustls asks
 /// for 4 KiB at a time.
 const READ_BUFFER: usize = 64 * 1024;
@@ -50,6 +53,8 @@ pub(super) struct Tunnel {
     streams: Cell<usize>,
     idle_since: Cell<Instant>,
     ended: CancellationToken,
+    /// The peer takes no new streams (GOAWAY), while old ones may go on.
+    closing: Cell<bool>,
 }
 
 /// A stream's place in its tunnel.
@@ -66,7 +71,7 @@ impl Tunnel {
     /// A place for one more stream. None when the tunnel is full, or takes no more.
     pub(super) fn lease(self: &Rc<Self>) -> Option<Lease> {
         let limit = hbone::MAX_OWN_STREAMS.min(self.requests.current_max_send_streams());
-        if self.ended.is_cancelled() || self.streams.get() >= limit {
+        if self.is_ended() || self.streams.get() >= limit {
             return None;
         }
         self.streams.set(self.streams.get() + 1);
@@ -74,7 +79,7 @@ impl Tunnel {
     }
 
     pub(super) fn is_ended(&self) -> bool {
-        self.ended.is_cancelled()
+        self.ended.is_cancelled() || self.closing.get()
     }
 
     /// Whether no stream has used it for `limit`.
@@ -90,8 +95,11 @@ impl Lease {
         request: Request<()>,
     ) -> Result<(SendStream<Bytes>, RecvStream), Reason> {
         let answer = async {
-            let lost = |_| Reason::TunnelLost;
-            let mut requests = self.0.requests.clone().ready().await.map_err(lost)?;
+            let lost = |_: h2::Error| Reason::TunnelLost;
+            let mut requests = self.0.requests.clone().ready().await.map_err(|error| {
+                self.0.closing.set(true);
+                lost(error)
+            })?;
             let (response, send) = requests.send_request(request, false).map_err(lost)?;
             let response = response.await.map_err(|error| match error.reason() {
                 Some(_) if error.is_reset() => Reason::PeerRefused,
@@ -180,6 +188,7 @@ pub(super) async fn open(
         streams: Cell::new(0),
         idle_since: Cell::new(Instant::now()),
         ended,
+        closing: Cell::new(false),
     }))
 }
 
@@ -206,6 +215,8 @@ pub(super) struct Socket(BufReader<TcpStream>);
 impl Socket {
     pub(super) fn new(stream: TcpStream) -> Self {
         end_orderly(&stream);
+        // The reader is an agent, which always reads. Fails only where the kernel is too old for it.
+        let _ = SockRef::from(&stream).set_tcp_user_timeout(Some(USER_TIMEOUT));
         Self(BufReader::with_capacity(READ_BUFFER, stream))
     }
 }

@@ -153,7 +153,7 @@ pub(super) struct Worker {
     shared: Shared,
     mesh: RefCell<Arc<Mesh>>,
     pub(super) own_dial: RefCell<OwnDial>,
-    pub(super) scopes: BpfHashMap<MapData, Flow, u32>,
+    pub(super) scopes: RefCell<BpfHashMap<MapData, Flow, u32>>,
     loads: RefCell<Array<MapData, WorkerLoad>>,
     pub(super) series: RefCell<WorkerMetrics>,
     pub(super) buffers: Buffers,
@@ -305,7 +305,7 @@ fn run(
     let worker = Rc::new(Worker {
         mesh: RefCell::new(mesh),
         own_dial: RefCell::new(handles.own_dial),
-        scopes: handles.scopes,
+        scopes: RefCell::new(handles.scopes),
         loads: RefCell::new(handles.loads),
         series: RefCell::new(shared.metrics.worker()),
         buffers: Buffers::default(),

@@ -157,7 +157,9 @@ impl Steering {
             });
         }
 
-        let id = self.pod_number(&found).ok_or(EnrolError::TooMany)?;
+        let id = self
+            .pod_number(&workload.addresses)
+            .ok_or(EnrolError::TooMany)?;
         let (listener_ports, listeners) = self.listen(&netns, workload)?;
         let taken = taken_ports(&netns, &self.home);
         let declared: Vec<u16> = workload.ports.iter().map(|port| port.port).collect();
@@ -200,6 +202,8 @@ impl Steering {
             watch: tokio::spawn(std::future::ready(())),
         };
         enrolment.network.route_steered().await?;
+        // What an earlier agent left under this number is replaced, not kept.
+        enrolment.state().rules = PodRules::in_force(id, lock(&self.programs).maps());
         enrolment.update(&workload.settings)?;
         {
             let mut programs = lock(&self.programs);
@@ -377,7 +381,7 @@ async fn refresh(
     state: &Mutex<State>,
     pins: &Path,
 ) -> Result<(), EnrolError> {
-    let addresses: HashSet<IpAddr> = network.addresses().await?.into_iter().collect();
+    let mut addresses: HashSet<IpAddr> = network.addresses().await?.into_iter().collect();
     let interfaces = network.interfaces().await?;
     let (mut refused, mut steered) = (Vec::new(), Vec::new());
     {
@@ -390,6 +394,12 @@ async fn refresh(
             source,
         };
         let entry = state.rules.entry(pod.id);
+        // An address that another pod holds stays its own: it may be that of a bridge which both
+        // have, or one that an app with CAP_NET_ADMIN took.
+        addresses.retain(|address| {
+            let other = programs.maps().pods.get(&Address::from(*address), 0);
+            other.map_or(true, |entry| entry.pod == pod.id)
+        });
         for address in addresses.difference(&state.addresses) {
             programs
                 .maps()
@@ -407,8 +417,16 @@ async fn refresh(
             .steered
             .retain(|index, _| interfaces.iter().any(|i| i.index == *index));
         for interface in &interfaces {
-            if state.steered.contains_key(&interface.index) {
-                continue;
+            match state.steered.get(&interface.index) {
+                Some(true) => continue,
+                Some(false) => {
+                    // Set up again.
+                    if interface.up && state.interface_mode == InterfaceMode::Refuse {
+                        refused.push(interface.clone());
+                    }
+                    continue;
+                }
+                None => {}
             }
             let attached = attach(pod, &mut programs, interface, pins);
             if let Err(error) = &attached {
@@ -423,11 +441,11 @@ async fn refresh(
             state.steered.insert(interface.index, attached.is_ok());
         }
     }
-    for interface in steered {
-        network.route_link_local(&interface).await?;
-    }
     for interface in refused {
         network.set_down(&interface).await?;
+    }
+    for interface in steered {
+        network.route_link_local(&interface).await?;
     }
     Ok(())
 }

@@ -59,6 +59,25 @@ impl PodRules {
         rules
     }
 
+    /// What the maps hold for `pod` now.
+    pub fn in_force(pod: u32, maps: &Maps) -> Self {
+        let ports = maps
+            .port_rules
+            .keys()
+            .flatten()
+            .map(|key| (key.prefix_len(), key.data()));
+        let nets = maps
+            .net_rules
+            .keys()
+            .flatten()
+            .map(|key| (key.prefix_len(), key.data()));
+        Self {
+            flags: 0,
+            ports: ports.filter(|(_, rule)| rule.pod == pod).collect(),
+            nets: nets.filter(|(_, rule)| rule.pod == pod).collect(),
+        }
+    }
+
     /// Brings the maps from `old` to this. New rules come first, so that nothing that is opted
     /// out before and after is steered in between.
     pub fn replace(&self, old: &Self, maps: &mut Maps) -> Result<(), MapError> {

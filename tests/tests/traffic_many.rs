@@ -7,6 +7,7 @@ use std::{
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     thread,
+    time::Instant,
 };
 
 use malla_testbed::{PATIENCE, Pair, Pod, Way, accept, dial_from, listen, on_each_way};
@@ -189,6 +190,22 @@ fn one_source_port_connects_a_thousand_times_while_the_proxys_side_ends_first() 
     }
 }
 
+/// Dials with a source port whose last connection may not be over yet: the acknowledgement of its
+/// FIN is on its way, with or without a mesh.
+fn dial_again(source: u16, to: SocketAddr) -> io::Result<TcpStream> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match dial_from(source, to) {
+            Err(error)
+                if error.kind() == io::ErrorKind::AddrNotAvailable && Instant::now() < deadline =>
+            {
+                thread::yield_now();
+            }
+            other => return other,
+        }
+    }
+}
+
 /// The server ends first, so the agent ends first towards the client: its side is the one that is
 /// in `TIME_WAIT` when the same source port comes again.
 fn reconnect(pair: &Pair, mut to: SocketAddr) {
@@ -198,8 +215,8 @@ fn reconnect(pair: &Pair, mut to: SocketAddr) {
     answering.while_answering(|| {
         pair.client.enter(|| {
             for turn in 0..1_000 {
-                let stream = dial_from(SOURCE, to);
-                let mut stream = stream.unwrap_or_else(|error| panic!("connect {turn}: {error}"));
+                let mut stream = dial_again(SOURCE, to)
+                    .unwrap_or_else(|error| panic!("connect {turn}: {error}"));
                 stream.set_read_timeout(Some(PATIENCE)).unwrap();
                 ask_on(&mut stream, [SERVER_ENDS; QUESTION]).unwrap();
             }

@@ -28,6 +28,8 @@ on_each_way!(
     a_close_with_bytes_unread_is_a_reset_for_the_other,
     a_reset_after_ones_own_half_close_is_passed_on,
     a_reset_unblocks_a_blocked_writer,
+    a_reset_reaches_an_end_that_does_not_read,
+    what_came_before_a_reset_can_be_read,
     what_a_server_wrote_before_it_ended_is_all_read,
 );
 
@@ -168,6 +170,50 @@ fn a_reset_unblocks_a_blocked_writer(pair: &Pair) {
             ),
             "{error}"
         );
+    }
+}
+
+fn a_reset_reaches_an_end_that_does_not_read(pair: &Pair) {
+    for server_resets in [false, true] {
+        let (client, server) = pair.connection().unwrap();
+        let (resets, is_told) = if server_resets {
+            (server, client)
+        } else {
+            (client, server)
+        };
+        fill(&resets);
+        reset(resets);
+        wait_until(&is_told, PollFlags::POLLERR);
+    }
+}
+
+/// Writes until every buffer on the way is full.
+fn fill(mut stream: &TcpStream) {
+    stream.set_write_timeout(Some(LATE)).unwrap();
+    let block = vec![0; 1 << 20];
+    let full = (0..1024).find_map(|_| stream.write(&block).err()).unwrap();
+    assert_eq!(full.kind(), ErrorKind::WouldBlock);
+}
+
+fn what_came_before_a_reset_can_be_read(pair: &Pair) {
+    // What a kernel sends before its peer's first acknowledgement.
+    const LENGTH: usize = 8 << 10;
+    for server_resets in [false, true] {
+        for _ in 0..20 {
+            let (client, server) = pair.connection().unwrap();
+            let (resets, mut reads) = if server_resets {
+                (server, client)
+            } else {
+                (client, server)
+            };
+            payload::send(&resets, 1, LENGTH).unwrap();
+            reset(resets);
+            wait_until(&reads, PollFlags::POLLERR);
+            let mut received = vec![0; LENGTH];
+            reads.read_exact(&mut received).unwrap();
+            let error = reads.read(&mut [0]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+        }
     }
 }
 

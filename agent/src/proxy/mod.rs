@@ -4,6 +4,8 @@
 //! Nothing here is shared between workers but the mesh's snapshot, certificates and counters.
 
 mod accept;
+mod activity;
+mod buffers;
 mod coalesce;
 mod handshakes;
 mod hbone;

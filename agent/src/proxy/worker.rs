@@ -22,7 +22,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{accept, handshakes::Handshakes, pool::Pool, relay::Buffers};
+use super::{accept, buffers::Buffers, handshakes::Handshakes, pool::Pool};
 use crate::{
     identity::Certificates,
     model::{Mesh, Workload},

@@ -1,0 +1,152 @@
+//! How one direction of a connection moves: the worker's buffer that it reads into, and its pace.
+
+use std::{
+    cell::RefCell,
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use tokio::{
+    io::AsyncWrite,
+    net::tcp::{ReadHalf, WriteHalf},
+};
+use tokio_util::io::poll_read_buf;
+
+/// What one read takes at first. It grows while reads fill it.
+const MIN_CHUNK: usize = 16 * 1024;
+const MAX_CHUNK: usize = 256 * 1024;
+/// Chunks up to this size are copied out of the worker's buffer: a slice would pin all of it.
+const COPIED: usize = 16 * 1024;
+/// What one connection moves in one turn before it lets others go on.
+const TURN: usize = 256 * 1024;
+
+/// The buffer that all connections of one worker read into.
+#[derive(Debug, Default)]
+pub(super) struct Buffers(RefCell<BytesMut>);
+
+/// Which of the two ends failed.
+#[derive(Debug)]
+pub(super) enum Moving {
+    Read(io::Error),
+    Write(io::Error),
+}
+
+pub(super) struct Moved {
+    /// What was read; none at the end.
+    pub bytes: usize,
+    /// What of it the writer didn't take.
+    pub rest: Bytes,
+}
+
+impl Buffers {
+    /// Reads one chunk. Empty at the end of the stream.
+    pub(super) fn poll_read(
+        &self,
+        cx: &mut Context<'_>,
+        pace: &mut Pace,
+        reader: &mut ReadHalf<'_>,
+    ) -> Poll<io::Result<Bytes>> {
+        let mut buffer = self.0.borrow_mut();
+        let read = ready!(poll_into(&mut buffer, cx, pace, reader))?;
+        Poll::Ready(Ok(take(&mut buffer, 0, read)))
+    }
+
+    /// Reads one chunk and writes what the writer takes of it at once, without a copy.
+    pub(super) fn poll_move(
+        &self,
+        cx: &mut Context<'_>,
+        pace: &mut Pace,
+        reader: &mut ReadHalf<'_>,
+        writer: &mut WriteHalf<'_>,
+    ) -> Poll<Result<Moved, Moving>> {
+        let mut buffer = self.0.borrow_mut();
+        let read = ready!(poll_into(&mut buffer, cx, pace, reader)).map_err(Moving::Read)?;
+        let written = if read == 0 {
+            0
+        } else {
+            match Pin::new(writer).poll_write(cx, &buffer[..read]) {
+                Poll::Ready(Ok(written)) => written,
+                Poll::Ready(Err(error)) => {
+                    buffer.clear();
+                    return Poll::Ready(Err(Moving::Write(error)));
+                }
+                Poll::Pending => 0,
+            }
+        };
+        let rest = take(&mut buffer, written, read);
+        Poll::Ready(Ok(Moved { bytes: read, rest }))
+    }
+}
+
+/// Reads at most one chunk into the empty buffer.
+fn poll_into(
+    buffer: &mut BytesMut,
+    cx: &mut Context<'_>,
+    pace: &mut Pace,
+    reader: &mut ReadHalf<'_>,
+) -> Poll<io::Result<usize>> {
+    let size = pace.chunk();
+    if buffer.capacity() < size {
+        // One block serves several reads of bulk data, and no block is larger than that.
+        buffer.reserve(MAX_CHUNK);
+    }
+    let mut limited = (&mut *buffer).limit(size);
+    let read = ready!(poll_read_buf(Pin::new(reader), cx, &mut limited))?;
+    pace.filled(read);
+    Poll::Ready(Ok(read))
+}
+
+/// Takes `written..read` out of the buffer and leaves it empty.
+fn take(buffer: &mut BytesMut, written: usize, read: usize) -> Bytes {
+    if written == read {
+        buffer.clear();
+        return Bytes::new();
+    }
+    if read - written <= COPIED {
+        let rest = Bytes::copy_from_slice(&buffer[written..read]);
+        buffer.clear();
+        return rest;
+    }
+    buffer.split_to(read).freeze().slice(written..)
+}
+
+/// How much one direction reads at a time, and when it lets others go on.
+#[derive(Debug)]
+pub(super) struct Pace {
+    chunk: usize,
+    moved: usize,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self {
+            chunk: MIN_CHUNK,
+            moved: 0,
+        }
+    }
+}
+
+impl Pace {
+    fn chunk(&self) -> usize {
+        self.chunk
+    }
+
+    /// Grows with what a connection moves, and shrinks when it idles.
+    fn filled(&mut self, read: usize) {
+        if read == self.chunk {
+            self.chunk = (self.chunk * 4).min(MAX_CHUNK);
+        } else if read < self.chunk / 8 {
+            self.chunk = (self.chunk / 4).max(MIN_CHUNK);
+        }
+    }
+
+    pub(super) async fn rest(&mut self, moved: usize) {
+        self.moved += moved;
+        if self.moved >= TURN {
+            self.moved = 0;
+            tokio::task::yield_now().await;
+        }
+    }
+}

@@ -8,12 +8,14 @@
     12    resets with CONNECT_ERROR after the first bytes
     13    never answers
     14    cuts the tunnel after the first bytes
+    16    cuts the server's first tunnel in place of an answer, and echoes in later ones
     other  answers with that status and ends
 
 It prints one line for each tunnel, for each request and for each stream that has ended.
 """
 
 import argparse
+import itertools
 import socket
 import sys
 import threading
@@ -24,7 +26,8 @@ import h2.events
 import hbone
 
 ECHO, STALL, ANSWER_LAST, END_FIRST, RESET, SILENCE, CUT = 7, 9, 10, 11, 12, 13, 14
-CARRIED = {ECHO, STALL, ANSWER_LAST, END_FIRST, RESET, CUT}
+CUT_FIRST = 16
+CARRIED = {ECHO, STALL, ANSWER_LAST, END_FIRST, RESET, CUT, CUT_FIRST}
 ANSWER = b"a" * (1 << 20)
 
 
@@ -35,9 +38,11 @@ class Cut(Exception):
 class Server:
     """One tunnel."""
 
-    def __init__(self, tls, stream_limit):
+    def __init__(self, tls, is_first, options):
         self.tls = tls
-        self.tunnel = hbone.Tunnel(tls, is_client=False, stream_limit=stream_limit)
+        self.is_first = is_first
+        self.strict_limit = options.streams if options.strict else None
+        self.tunnel = hbone.Tunnel(tls, is_client=False, stream_limit=options.streams)
         self.ports = {}
 
     def serve(self):
@@ -60,6 +65,11 @@ class Server:
 
     def request(self, number):
         stream = self.tunnel.stream(number)
+        live = sum(not stream.is_over for stream in self.tunnel.streams.values())
+        if self.strict_limit is not None and live > self.strict_limit:
+            say("refused", number)
+            stream.reset = "REFUSED_STREAM"
+            return self.tunnel.reset(number, h2.errors.ErrorCodes.REFUSED_STREAM)
         authority = stream.header(":authority")
         port = int(authority.rpartition(":")[2])
         self.ports[number] = port
@@ -68,6 +78,8 @@ class Server:
         say("headers", *(f"{n}={v}" for n, v in stream.headers if not n.startswith(":")))
         if port == SILENCE:
             return
+        if port == CUT_FIRST and self.is_first:
+            raise Cut
         status = 200 if port in CARRIED else port
         stream.holds = port == STALL
         head = [(":status", str(status))]
@@ -77,7 +89,7 @@ class Server:
 
     def data(self, number, data):
         port = self.ports[number]
-        if port == ECHO:
+        if port in (ECHO, CUT_FIRST):
             self.tunnel.send(number, data)
         elif port == RESET:
             self.tunnel.reset(number, h2.errors.ErrorCodes.CONNECT_ERROR)
@@ -85,7 +97,7 @@ class Server:
             raise Cut
 
     def client_ended(self, number):
-        if self.ports[number] in (ECHO, ANSWER_LAST):
+        if self.ports[number] in (ECHO, CUT_FIRST, ANSWER_LAST):
             answer = ANSWER if self.ports[number] == ANSWER_LAST else b""
             self.tunnel.send(number, answer, end=True)
         self.tell_end(number)
@@ -102,14 +114,14 @@ def say(*words):
     sys.stdout.flush()
 
 
-def serve(raw, context, options):
+def serve(raw, context, is_first, options):
     try:
         tls = context.wrap_socket(raw, server_side=True)
         if options.raw:
             tls.sendall(options.raw.encode())
         while options.raw and tls.recv(hbone.READ):
             pass
-        Server(tls, options.streams).serve()
+        Server(tls, is_first, options).serve()
     except hbone.Refused as refused:
         say("closed", refused)
     except Cut:
@@ -131,6 +143,7 @@ def main():
     parser.add_argument("--alpn", default="h2", help="protocol to choose, `none` for none")
     parser.add_argument("--raw", help="bytes to send inside TLS instead of all HTTP/2")
     parser.add_argument("--streams", type=int, help="how many streams a tunnel may have")
+    parser.add_argument("--strict", action="store_true", help="refuse streams over that limit")
     options = parser.parse_args()
     alpn = () if options.alpn == "none" else (options.alpn,)
     context = hbone.context(False, options.anchors, options.certificate, alpn)
@@ -138,9 +151,9 @@ def main():
         ("::", hbone.PORT), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
     )
     say("ready")
-    while True:
+    for number in itertools.count():
         raw, _ = listener.accept()
-        arguments = (raw, context, options)
+        arguments = (raw, context, number == 0, options)
         threading.Thread(target=serve, args=arguments, daemon=True).start()
 
 

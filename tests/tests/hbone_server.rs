@@ -27,6 +27,7 @@ const END_FIRST: u16 = 11;
 const RESET: u16 = 12;
 const SILENCE: u16 = 13;
 const CUT: u16 = 14;
+const CUT_FIRST: u16 = 16;
 
 /// A pod under an agent, and one whose mesh port is served by something else.
 struct World {
@@ -218,6 +219,36 @@ fn a_peers_limit_of_streams_is_kept_and_more_connections_take_more_tunnels() {
     let log = world.server.log();
     assert_eq!(log.matches("tunnel ").count(), 4, "{log}");
     assert!(!log.contains("closed"), "{log}");
+}
+
+#[test]
+fn a_stream_that_a_peer_refuses_unprocessed_goes_by_another_tunnel() {
+    let world = World::new("peer-out-strict", &["--streams", "5", "--strict"]);
+    // All at once, before the peer's SETTINGS can have come.
+    let all: Vec<TcpStream> = thread::scope(|scope| {
+        let world = &world;
+        let asked: Vec<_> = (0..40)
+            .map(|_| {
+                scope.spawn(move || {
+                    let mut stream = world.connect(ECHO);
+                    stream.write_all(b"hello").unwrap();
+                    stream.read_exact(&mut [0; 5]).unwrap();
+                    stream
+                })
+            })
+            .collect();
+        asked.into_iter().map(|one| one.join().unwrap()).collect()
+    });
+    assert_eq!(all.len(), 40);
+    let log = world.server.log();
+    assert!(log.contains("refused "), "nothing was refused: {log}");
+}
+
+#[test]
+fn a_connection_whose_tunnel_breaks_before_the_answer_goes_by_another() {
+    let world = World::new("peer-out-again", &[]);
+    assert_eq!(ask(&world.connect(CUT_FIRST), b"hello"), b"hello");
+    assert_eq!(world.server.log().matches("tunnel ").count(), 2);
 }
 
 #[test]

@@ -13,6 +13,7 @@ use super::{
     canonical, hbone, pool,
     record::{Ends, Record},
     relay::{self, Side},
+    tunnel::OpenError,
     worker::{PodContext, Worker},
 };
 use crate::{
@@ -20,6 +21,9 @@ use crate::{
     steer::to_network,
     telemetry::{ConnectionLabels, Direction, Failure, NoTls, Security, write_refusal},
 };
+
+/// Tunnels that a connection tries before it is refused.
+const MAX_ATTEMPTS: u32 = 3;
 
 /// What becomes of a connection to an address.
 enum Route {
@@ -159,11 +163,19 @@ async fn through_mesh(
     record: &Record,
 ) -> Result<(), Failure> {
     let mesh_address: IpAddr = destination.ip();
-    let lease = pool::lease(worker, pod, mesh_address, &workload.identity).await?;
-    record.proved();
     let reporter = pod.workload();
-    let request = hbone::connect(&reporter, source, destination);
-    let (mut send, mut receive) = lease.open(request).await?;
+    let mut attempts = 1;
+    // The lease counts the stream for as long as it lives.
+    let (_lease, mut send, mut receive) = loop {
+        let lease = pool::lease(worker, pod, mesh_address, &workload.identity).await?;
+        record.proved();
+        let request = hbone::connect(&reporter, source, destination);
+        match lease.open(request).await {
+            Ok((send, receive)) => break (lease, send, receive),
+            Err(OpenError::Again(_)) if attempts < MAX_ATTEMPTS => attempts += 1,
+            Err(error) => return Err(error.into()),
+        }
+    };
     record.dialled();
     let idle = reporter.settings.idle_timeout;
     relay::tunnel(

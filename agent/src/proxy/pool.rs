@@ -31,18 +31,34 @@ struct Pair {
     identity: SpiffeId,
 }
 
-#[derive(Default)]
 struct Tunnels {
     open: Vec<Rc<Tunnel>>,
+    /// Streams that a new tunnel is filled with: what the peer said in others, since its SETTINGS
+    /// come after the first streams.
+    limit: usize,
     /// Tunnels that are being opened.
     opening: usize,
     waiting: VecDeque<oneshot::Sender<Result<Lease, Failure>>>,
 }
 
+impl Default for Tunnels {
+    fn default() -> Self {
+        Self {
+            open: Vec::new(),
+            limit: hbone::MAX_OWN_STREAMS,
+            opening: 0,
+            waiting: VecDeque::new(),
+        }
+    }
+}
+
 impl Tunnels {
     fn lease(&mut self) -> Option<Lease> {
         self.open.retain(|tunnel| !tunnel.is_ended());
-        self.open.iter().find_map(Tunnel::lease)
+        let said = self.open.iter().map(|tunnel| tunnel.max_streams()).min();
+        // A peer that allows none for now is asked all the same: it may again.
+        self.limit = self.limit.min(said.unwrap_or(self.limit)).max(1);
+        self.open.iter().find_map(|tunnel| tunnel.lease(self.limit))
     }
 }
 
@@ -115,7 +131,7 @@ fn open_for_waiting(
     tunnels: &Rc<RefCell<Tunnels>>,
 ) {
     let mut pool = tunnels.borrow_mut();
-    let needed = pool.waiting.len().div_ceil(hbone::MAX_OWN_STREAMS);
+    let needed = pool.waiting.len().div_ceil(pool.limit);
     while pool.opening < needed {
         pool.opening += 1;
         let (worker, pod, identity) = (Rc::clone(worker), Rc::clone(pod), identity.clone());

@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use h2::{RecvStream, SendStream, client::SendRequest};
+use h2::{Reason as H2Reason, RecvStream, SendStream, client::SendRequest};
 use http::{Request, StatusCode};
 use malla_common::Reason;
 use rustls::{Side, pki_types::ServerName};
@@ -51,6 +51,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) struct Tunnel {
     requests: SendRequest<Bytes>,
     streams: Cell<usize>,
+    /// Fewer streams than the peer said, where it has refused one.
+    refused_above: Cell<usize>,
     idle_since: Cell<Instant>,
     ended: CancellationToken,
     /// The peer takes no new streams (GOAWAY), while old ones may go on.
@@ -67,15 +69,37 @@ impl Drop for Lease {
     }
 }
 
+/// Why a stream could not be opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum OpenError {
+    /// Nothing came of the request: another tunnel may carry it.
+    Again(Reason),
+    Failed(Reason),
+}
+
+impl From<OpenError> for Failure {
+    fn from(error: OpenError) -> Self {
+        match error {
+            OpenError::Again(reason) | OpenError::Failed(reason) => reason.into(),
+        }
+    }
+}
+
 impl Tunnel {
-    /// A place for one more stream. None when the tunnel is full, or takes no more.
-    pub(super) fn lease(self: &Rc<Self>) -> Option<Lease> {
-        let limit = hbone::MAX_OWN_STREAMS.min(self.requests.current_max_send_streams());
+    /// A place for one more stream, up to `limit` of them. None when the tunnel is full, or takes
+    /// no more.
+    pub(super) fn lease(self: &Rc<Self>, limit: usize) -> Option<Lease> {
+        let limit = limit.min(self.max_streams()).min(self.refused_above.get());
         if self.is_ended() || self.streams.get() >= limit {
             return None;
         }
         self.streams.set(self.streams.get() + 1);
         Some(Lease(Rc::clone(self)))
+    }
+
+    /// How many streams the peer allows, once its SETTINGS have come.
+    pub(super) fn max_streams(&self) -> usize {
+        self.requests.current_max_send_streams()
     }
 
     pub(super) fn is_ended(&self) -> bool {
@@ -93,27 +117,44 @@ impl Lease {
     pub(super) async fn open(
         &self,
         request: Request<()>,
-    ) -> Result<(SendStream<Bytes>, RecvStream), Reason> {
+    ) -> Result<(SendStream<Bytes>, RecvStream), OpenError> {
         let answer = async {
-            let lost = |_: h2::Error| Reason::TunnelLost;
             let mut requests = self.0.requests.clone().ready().await.map_err(|error| {
                 self.0.closing.set(true);
-                lost(error)
+                self.unanswered(&error)
             })?;
-            let (response, send) = requests.send_request(request, false).map_err(lost)?;
-            let response = response.await.map_err(|error| match error.reason() {
-                Some(_) if error.is_reset() => Reason::PeerRefused,
-                _ => Reason::TunnelLost,
-            })?;
+            let (response, send) = requests
+                .send_request(request, false)
+                .map_err(|error| self.unanswered(&error))?;
+            let response = response.await.map_err(|error| self.unanswered(&error))?;
             if response.status() != StatusCode::OK {
                 tracing::debug!(status = %response.status(), "the peer refused a CONNECT");
-                return Err(Reason::PeerRefused);
+                return Err(OpenError::Failed(Reason::PeerRefused));
             }
             Ok((send, response.into_body()))
         };
         timeout(ANSWER_TIMEOUT, answer)
             .await
-            .unwrap_or(Err(Reason::ConnectTimeout))
+            .unwrap_or(Err(OpenError::Failed(Reason::ConnectTimeout)))
+    }
+
+    /// A request without an answer. Without one no byte was sent either, so it is safe to ask
+    /// again where the tunnel is lost; a stream may be refused before anything is done (RFC 9113
+    /// §8.7).
+    fn unanswered(&self, error: &h2::Error) -> OpenError {
+        if !error.is_reset() {
+            return OpenError::Again(Reason::TunnelLost);
+        }
+        if error.reason() != Some(H2Reason::REFUSED_STREAM) {
+            return OpenError::Failed(Reason::PeerRefused);
+        }
+        // This stream still counts, and all above the peer's limit are refused one by one.
+        let others = self.0.streams.get() - 1;
+        self.0.refused_above.set(others);
+        if others == 0 {
+            self.0.closing.set(true);
+        }
+        OpenError::Again(Reason::PeerRefused)
     }
 }
 
@@ -186,6 +227,7 @@ pub(super) async fn open(
     Ok(Rc::new(Tunnel {
         requests,
         streams: Cell::new(0),
+        refused_above: Cell::new(usize::MAX),
         idle_since: Cell::new(Instant::now()),
         ended,
         closing: Cell::new(false),

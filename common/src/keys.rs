@@ -146,8 +146,14 @@ pub struct Pair {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct PairSlots {
+    /// When the last connection came, in nanoseconds since boot.
+    pub last_at: u64,
     pub first: u16,
     pub count: u16,
+    /// The worker that the last connection went to.
+    pub last: u16,
+    /// How many in a row went there.
+    pub in_row: u16,
 }
 
 /// What a worker says of itself, for the choice of the next connection's worker.
@@ -205,7 +211,7 @@ mod tests {
         assert_eq!(size_of::<NetRule>(), 24);
         assert_eq!(size_of::<SocketState>(), 32);
         assert_eq!(size_of::<Pair>(), 32);
-        assert_eq!(size_of::<PairSlots>(), 4);
+        assert_eq!(size_of::<PairSlots>(), 16);
         assert_eq!(size_of::<WorkerLoad>(), 8);
         assert_eq!(offset_of!(Flow, source_port), 32);
         assert_eq!(offset_of!(PortRule, port), 6);

@@ -5,8 +5,8 @@
 //! addresses tell the pod.
 
 use aya_ebpf::{
-    bindings::{bpf_sk_lookup, sk_action},
-    helpers::bpf_get_prandom_u32,
+    bindings::{BPF_SK_LOOKUP_F_NO_REUSEPORT, bpf_sk_lookup, sk_action},
+    helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns},
     macros::sk_lookup,
     programs::SkLookupContext,
 };
@@ -24,6 +24,12 @@ const LOOPBACK: u32 = 1;
 const BUSY_PERCENT: u32 = 70;
 /// Most workers that the connections of one pair spread over, and that a choice is made among.
 const CHOICES: u16 = 4;
+/// Connections of a pair that follow each other within this time (100 ms) keep to one worker, and
+/// so reach the server in the order in which they were opened: `connect` succeeds at the agent, so
+/// a client that opens one after the other would else see them overtake each other.
+const ROW_GAP_NS: u64 = 100_000_000;
+/// Most of them, so that a pair that always opens connections uses all its workers.
+const ROW_LENGTH: u16 = 64;
 
 const PASS: u32 = sk_action::SK_PASS;
 const DROP: u32 = sk_action::SK_DROP;
@@ -76,7 +82,7 @@ pub fn lookup(ctx: SkLookupContext) -> u32 {
     {
         return PASS;
     }
-    let slot = worker(&flow);
+    let slot = worker(&flow, role);
     if assign(&ctx, pod.pod, role, slot) || (slot != 0 && assign(&ctx, pod.pod, role, 0)) {
         return PASS;
     }
@@ -128,15 +134,17 @@ fn flow(lookup: *const bpf_sk_lookup) -> Flow {
 
 #[inline(always)]
 fn assign(ctx: &SkLookupContext, pod: u32, role: Role, slot: u16) -> bool {
+    // The workers' listeners share a port, and the kernel would choose among them by its own hash.
+    let flags = u64::from(BPF_SK_LOOKUP_F_NO_REUSEPORT);
     LISTENERS
-        .redirect_sk_lookup(ctx, ListenerKey::new(pod, role, slot), 0)
+        .redirect_sk_lookup(ctx, ListenerKey::new(pod, role, slot), flags)
         .is_ok()
 }
 
-/// The worker for a new connection: the least loaded of those that its pair uses already, so that
-/// a small pair has one tunnel and not one for each core.
+/// The worker for a new connection: that of the one just before, or the least loaded of those that
+/// its pair uses already, so that a small pair has one tunnel and not one for each core.
 #[inline(always)]
-fn worker(flow: &Flow) -> u16 {
+fn worker(flow: &Flow, role: Role) -> u16 {
     let workers = match WORKERS.get(0) {
         Some(&workers) if workers > 1 => workers.min(MAX_WORKERS) as u16,
         _ => return 0,
@@ -145,21 +153,41 @@ fn worker(flow: &Flow) -> u16 {
         source: flow.source,
         destination: flow.destination,
     };
+    // SAFETY: a plain helper call.
+    let now = unsafe { bpf_ktime_get_ns() };
     let choices = if workers < CHOICES { workers } else { CHOICES };
     let Some(slots) = PAIRS.get_ptr_mut(pair) else {
         // SAFETY: a plain helper call.
         let start = unsafe { bpf_get_prandom_u32() } % u32::from(workers);
         let first = least_loaded(start as u16, choices, workers);
-        let _ = PAIRS.insert(pair, PairSlots { first, count: 1 }, 0);
+        let slots = PairSlots {
+            last_at: now,
+            first,
+            count: 1,
+            last: first,
+            in_row: 1,
+        };
+        let _ = PAIRS.insert(pair, slots, 0);
         return first;
     };
-    // SAFETY: the entry is two words; a lost update from another CPU only delays the growth.
+    // SAFETY: the entry is plain numbers; an update that another CPU's overwrites costs a choice
+    // that isn't the best.
     let slots = unsafe { &mut *slots };
-    let best = least_loaded(slots.first, slots.count, workers);
+    // Tunnels have no order.
+    let follows = role != Role::Mesh && now.wrapping_sub(slots.last_at) < ROW_GAP_NS;
+    if follows && slots.in_row < ROW_LENGTH {
+        slots.last_at = now;
+        slots.in_row += 1;
+        return slots.last % workers;
+    }
+    let mut best = least_loaded(slots.first, slots.count, workers);
     if slots.count < choices && busy_percent(best) > BUSY_PERCENT {
         slots.count += 1;
-        return (slots.first + slots.count - 1) % workers;
+        best = (slots.first + slots.count - 1) % workers;
     }
+    slots.last_at = now;
+    slots.last = best;
+    slots.in_row = 1;
     best
 }
 

@@ -1,0 +1,77 @@
+//! Connections that one client opens one after the other: none overtakes the one before.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
+
+use std::{
+    io::{self, Read, Write},
+    net::{Shutdown, TcpStream},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
+
+use malla_testbed::{Pair, Way, accept, listen, on_each_way};
+
+on_each_way!(
+    [Direct, Mesh, ToUnmeshed, FromUnmeshed]
+    connections_reach_the_server_in_the_order_of_their_opening,
+);
+
+/// iperf3 --bidir takes its first connection for one direction and the second for the other.
+fn connections_reach_the_server_in_the_order_of_their_opening(pair: &Pair) {
+    const ROWS: usize = 40;
+    const IN_ROW: u8 = 8;
+    let (from, to) = pair.connection().unwrap();
+    let done = AtomicBool::new(false);
+    let listener = listen(&pair.server, 0).unwrap();
+    let address = pair.address(listener.local_addr().unwrap().port());
+    thread::scope(|scope| {
+        // The workers are busy, one more than another.
+        scope.spawn(|| {
+            let block = vec![0; 1 << 20];
+            while !done.load(Ordering::Relaxed) && (&from).write_all(&block).is_ok() {}
+            from.shutdown(Shutdown::Write).unwrap();
+        });
+        scope.spawn(|| io::copy(&mut (&to), &mut io::sink()).unwrap());
+        let rows = scope.spawn(|| {
+            for row in 0..ROWS {
+                let clients: Vec<TcpStream> = (0..IN_ROW)
+                    .map(|number| {
+                        let mut stream = pair.dial(address).unwrap();
+                        stream.write_all(&[number]).unwrap();
+                        stream
+                    })
+                    .collect();
+                let order: Vec<u8> = clients
+                    .iter()
+                    .map(|_| {
+                        let mut number = [0];
+                        accept(&listener).unwrap().read_exact(&mut number).unwrap();
+                        number[0]
+                    })
+                    .collect();
+                let expected: Vec<u8> = (0..IN_ROW).collect();
+                assert_eq!(order, expected, "in row {row}");
+                // Longer than what makes one row of two.
+                thread::sleep(Duration::from_millis(120));
+            }
+        });
+        // Even after a failure, or the load would go on for ever.
+        let rows = rows.join();
+        done.store(true, Ordering::Relaxed);
+        rows.unwrap();
+    });
+}
+
+#[test]
+fn the_connections_of_a_pair_at_ease_share_one_tunnel() {
+    let pair = Pair::new(Way::Mesh).unwrap();
+    let open: Vec<_> = (0..50).map(|_| pair.connection().unwrap()).collect();
+    for agent in pair.agents() {
+        let metrics = agent.metrics().unwrap();
+        let tunnels = metrics.sum("malla_tunnels_open", &[]);
+        assert!((tunnels - 1.0).abs() < 0.5, "{tunnels} tunnels");
+    }
+    drop(open);
+    pair.nothing_is_held().unwrap();
+}

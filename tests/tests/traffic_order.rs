@@ -27,11 +27,7 @@ fn connections_reach_the_server_in_the_order_of_their_opening(pair: &Pair) {
     let address = pair.address(listener.local_addr().unwrap().port());
     thread::scope(|scope| {
         // The workers are busy, one more than another.
-        scope.spawn(|| {
-            let block = vec![0; 1 << 20];
-            while !done.load(Ordering::Relaxed) && (&from).write_all(&block).is_ok() {}
-            from.shutdown(Shutdown::Write).unwrap();
-        });
+        scope.spawn(|| send_until(&from, &done));
         scope.spawn(|| io::copy(&mut (&to), &mut io::sink()).unwrap());
         let rows = scope.spawn(|| {
             for row in 0..ROWS {
@@ -61,6 +57,13 @@ fn connections_reach_the_server_in_the_order_of_their_opening(pair: &Pair) {
         done.store(true, Ordering::Relaxed);
         rows.unwrap();
     });
+}
+
+/// Sends without a pause, then ends.
+fn send_until(mut stream: &TcpStream, done: &AtomicBool) {
+    let block = vec![0; 1 << 20];
+    while !done.load(Ordering::Relaxed) && stream.write_all(&block).is_ok() {}
+    stream.shutdown(Shutdown::Write).unwrap();
 }
 
 #[test]

@@ -141,14 +141,14 @@ pub(super) async fn tunnel(
         let down_ended = Notify::new();
         let down = async {
             relay
-                .out_of_stream(side, writer, receive, &receiving)
+                .stream_to_socket(side, writer, receive, &receiving)
                 .await?;
             down_ended.notify_one();
             Ok(())
         };
         let up = async {
             relay
-                .into_stream(side, &mut reader, send, &receiving)
+                .socket_to_stream(side, &mut reader, send, &receiving)
                 .await?;
             tokio::select! {
                 biased;
@@ -163,16 +163,15 @@ pub(super) async fn tunnel(
             () = relay.activity.ends() => Err(End::Idle),
         }
     };
-    match &result {
-        Ok(()) => end_orderly(socket),
-        Err(_) => {
-            // A reset takes the place of what waits to be sent. The tunnel, which was woken
-            // before this task will be, sends first what its peer has room for.
-            yield_now().await;
-            // RFC 9113 §8.5: an error of the TCP connection is a stream error of this type, and
-            // the other way round, which the socket's linger brings about when it is dropped.
-            send.send_reset(H2Reason::CONNECT_ERROR);
-        }
+    if result.is_ok() {
+        end_orderly(socket);
+    } else {
+        // A reset takes the place of what waits to be sent. The tunnel, which was woken before
+        // this task will be, sends first what its peer has room for.
+        yield_now().await;
+        // RFC 9113 §8.5: an error of the TCP connection is a stream error of this type, and the
+        // other way round, which the socket's linger brings about when it is dropped.
+        send.send_reset(H2Reason::CONNECT_ERROR);
     }
     result
 }
@@ -240,7 +239,7 @@ impl<'a> Relay<'a> {
     }
 
     /// Moves what the socket, which is this `side`, sends into the tunnel.
-    async fn into_stream(
+    async fn socket_to_stream(
         &self,
         side: Side,
         reader: &mut ReadHalf<'_>,
@@ -261,7 +260,7 @@ impl<'a> Relay<'a> {
                 Err(ended) => return ended,
             };
             if chunk.is_empty() {
-                // Refused only by a stream that has ended, which `out_of_stream` notices.
+                // Refused only by a stream that has ended, which `stream_to_socket` notices.
                 let _ = send.send_data(chunk, true);
                 return Ok(());
             }
@@ -293,7 +292,7 @@ impl<'a> Relay<'a> {
     }
 
     /// Moves what comes out of the tunnel to the socket, which is this `side`.
-    async fn out_of_stream(
+    async fn stream_to_socket(
         &self,
         side: Side,
         mut writer: WriteHalf<'_>,

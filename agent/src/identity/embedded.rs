@@ -19,7 +19,7 @@ use time::OffsetDateTime;
 use super::{
     ca::{CaError, CertificateAuthority, SignedChain, SigningRequest},
     folder::{self, CLOCK_TOLERANCE},
-    verify::TrustAnchors,
+    trust::TrustAnchors,
 };
 
 /// Signs with the issuer in a folder, which it makes where there is none.

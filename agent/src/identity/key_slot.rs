@@ -19,12 +19,7 @@ use rustls::{
 };
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
-use super::{
-    ca::CaError,
-    schedule::Term,
-    tls::provider,
-    verify::{TrustAnchors, peer_identity},
-};
+use super::{ca::CaError, peer::peer_identity, schedule::Term, tls::provider, trust::TrustAnchors};
 use crate::model::SpiffeId;
 
 /// A key with its certificate, checked to be what peers will accept.

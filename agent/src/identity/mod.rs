@@ -17,15 +17,17 @@ mod embedded;
 mod files;
 mod folder;
 mod key_slot;
+mod peer;
 mod reason;
 mod refresh;
 mod schedule;
 #[cfg(test)]
 mod testing;
 mod tls;
+mod trust;
 mod verify;
 
 pub(crate) use certificates::Certificates;
 pub(crate) use embedded::EmbeddedAuthority;
+pub(crate) use peer::peer_identity;
 pub(crate) use reason::reason_of;
-pub(crate) use verify::peer_identity;

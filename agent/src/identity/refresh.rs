@@ -22,7 +22,7 @@ use super::{
     ca::{CaError, CertificateAuthority, SigningRequest},
     key_slot::{Held, KeySlot},
     schedule,
-    verify::{SharedTrust, TrustAnchors},
+    trust::{SharedTrust, TrustAnchors},
 };
 use crate::model::SpiffeId;
 

@@ -23,7 +23,7 @@ use time::{Duration, OffsetDateTime};
 use super::{
     key_slot::KeySlot,
     reason::reason_of,
-    verify::{SharedTrust, TrustAnchors},
+    trust::{SharedTrust, TrustAnchors},
 };
 use crate::model::SpiffeId;
 

@@ -11,8 +11,8 @@ use super::*;
 use crate::identity::{
     ca::{CaError, SignedChain, SigningRequest},
     embedded::EmbeddedAuthority,
+    peer::peer_identity,
     testing::{ScratchFolder, Session, TestAuthority, handshake, identity},
-    verify::peer_identity,
 };
 
 const DEADLINE: Duration = Duration::from_secs(20);

@@ -4,8 +4,8 @@ use time::{Duration, OffsetDateTime};
 
 use super::*;
 use crate::identity::{
+    peer::peer_identity,
     testing::{Refusal, Session, TestAuthority, handshake, identity},
-    verify::peer_identity,
 };
 
 const WEB: &str = "spiffe://cluster.local/ns/test/sa/web";

@@ -19,7 +19,7 @@ use rustls::{ClientConfig, ServerConfig};
 use tokio::{sync::watch, task::JoinHandle};
 
 use super::{
-    ca::CertificateAuthority,
+    ca::{CertificateAuthority, Standing},
     key_slot::KeySlot,
     refresh::{self, Source},
     tls,
@@ -34,7 +34,7 @@ pub(crate) struct Certificates {
     /// Read for each connection, written when a workload comes or goes.
     entries: ArcSwap<HashMap<SpiffeId, Arc<Entry>>>,
     writing: Mutex<()>,
-    _anchors: OwnedTask,
+    _following: OwnedTask,
 }
 
 /// One identity.
@@ -87,13 +87,13 @@ impl Certificates {
         lifetime: Duration,
     ) -> Self {
         let source = Arc::new(Source::new(authority, lifetime));
-        let anchors = tokio::spawn(refresh::follow_anchors(Arc::clone(&source)));
+        let following = tokio::spawn(refresh::follow(Arc::clone(&source)));
         Self {
             source,
             trust_domain,
             entries: ArcSwap::default(),
             writing: Mutex::new(()),
-            _anchors: OwnedTask(anchors),
+            _following: OwnedTask(following),
         }
     }
 
@@ -194,6 +194,11 @@ impl Certificates {
             .iter()
             .filter_map(|(identity, entry)| Some((identity.clone(), entry.slot.term()?.ends)))
             .collect()
+    }
+
+    /// The authority as it was last seen: its ends, and how its files were read.
+    pub(crate) fn authority(&self) -> Arc<Standing> {
+        self.source.standing.load_full()
     }
 
     fn entry(&self, own: &SpiffeId) -> Result<Arc<Entry>, NoIdentity> {

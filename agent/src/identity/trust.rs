@@ -1,36 +1,44 @@
-//! What certificates are checked against: chain, dates and purpose.
+//! What certificates are checked against: chain, dates, purpose and revocation.
 //!
-//! Everything that checks reads it through one shared pointer, so a change of anchors takes effect
-//! at the next handshake without a new configuration.
+//! Everything that checks reads it through one shared pointer, so a change of anchors or lists takes
+//! effect at the next handshake without a new configuration.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{slice, sync::Arc, time::SystemTime};
 
 use arc_swap::ArcSwapOption;
 use rustls::{
-    Error, RootCertStore,
+    CertificateError, Error, RootCertStore,
     client::verify_server_cert_signed_by_trust_anchor,
     pki_types::{CertificateDer, UnixTime},
     server::{ParsedCertificate, WebPkiClientVerifier, danger::ClientCertVerifier},
 };
 
-use super::{key_slot::unix_time, tls::shared_provider};
+use super::{
+    key_slot::unix_time,
+    revocation::Revocations,
+    tls::{provider, shared_provider},
+};
 
-/// Trust anchors, ready to check certificates of either side.
+/// Trust anchors and revocation lists, ready to check certificates of either side.
 #[derive(Debug)]
-pub(super) struct TrustAnchors {
-    pub(super) certificates: Vec<CertificateDer<'static>>,
+pub(super) struct Trust {
+    anchors: Vec<CertificateDer<'static>>,
+    revocations: Arc<Revocations>,
     roots: Arc<RootCertStore>,
     clients: Arc<dyn ClientCertVerifier>,
 }
 
-/// The anchors in use. Empty until the authority has named some.
-pub(super) type SharedTrust = Arc<ArcSwapOption<TrustAnchors>>;
+/// What is in use. Empty until the authority has named anchors.
+pub(super) type SharedTrust = Arc<ArcSwapOption<Trust>>;
 
-impl TrustAnchors {
-    pub(super) fn new(certificates: Vec<CertificateDer<'static>>) -> Result<Self, Error> {
+impl Trust {
+    pub(super) fn new(
+        anchors: Vec<CertificateDer<'static>>,
+        revocations: Arc<Revocations>,
+    ) -> Result<Self, Error> {
         let mut roots = RootCertStore::empty();
-        for certificate in &certificates {
-            roots.add(certificate.clone())?;
+        for anchor in &anchors {
+            roots.add(anchor.clone())?;
         }
         let roots = Arc::new(roots);
         let clients =
@@ -38,10 +46,24 @@ impl TrustAnchors {
                 .build()
                 .map_err(|error| Error::General(error.to_string()))?;
         Ok(Self {
-            certificates,
+            anchors,
+            revocations,
             roots,
             clients,
         })
+    }
+
+    pub(super) fn is_of(
+        &self,
+        anchors: &[CertificateDer<'static>],
+        revocations: &Revocations,
+    ) -> bool {
+        self.anchors == anchors && *self.revocations == *revocations
+    }
+
+    /// Whether a certificate of a chain that was sound once is revoked.
+    pub(super) fn revokes(&self, chain: &[CertificateDer<'_>]) -> bool {
+        self.revocations.revoke(chain, &self.anchors)
     }
 
     /// Checks a chain of our own as peers on both sides will.
@@ -62,9 +84,8 @@ impl TrustAnchors {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<(), Error> {
-        self.clients
-            .verify_client_cert(leaf, intermediates, now)
-            .map(|_| ())
+        self.clients.verify_client_cert(leaf, intermediates, now)?;
+        self.refuse_revoked(leaf, intermediates)
     }
 
     pub(super) fn verify_server(
@@ -78,7 +99,22 @@ impl TrustAnchors {
             &self.roots,
             intermediates,
             now,
-            shared_provider().signature_verification_algorithms.all,
-        )
+            provider().signature_verification_algorithms.all,
+        )?;
+        self.refuse_revoked(leaf, intermediates)
+    }
+
+    fn refuse_revoked(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+    ) -> Result<(), Error> {
+        if self.revocations.is_empty() {
+            return Ok(());
+        }
+        if self.revokes(&[slice::from_ref(leaf), intermediates].concat()) {
+            return Err(CertificateError::Revoked.into());
+        }
+        Ok(())
     }
 }

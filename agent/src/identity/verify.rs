@@ -13,7 +13,7 @@ use rustls::{
 use super::{
     peer::spiffe_ids,
     tls::provider,
-    trust::{SharedTrust, TrustAnchors},
+    trust::{SharedTrust, Trust},
 };
 use crate::model::SpiffeId;
 
@@ -62,10 +62,10 @@ fn identities_of(leaf: &CertificateDer<'_>, trust_domain: &str) -> Result<Vec<Sp
     .into())
 }
 
-/// Runs `check` with the anchors in use. Without any, nobody is known.
-fn with_anchors(
+/// Runs `check` with the trust in use. Without any, nobody is known.
+fn with_trust(
     trust: &SharedTrust,
-    check: impl FnOnce(&TrustAnchors) -> Result<(), Error>,
+    check: impl FnOnce(&Trust) -> Result<(), Error>,
 ) -> Result<(), Error> {
     let trust = trust.load();
     check(trust.as_ref().ok_or(CertificateError::UnknownIssuer)?)
@@ -118,7 +118,7 @@ impl ClientCertVerifier for ClientsOfTrustDomain {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        with_anchors(&self.trust, |trust| {
+        with_trust(&self.trust, |trust| {
             trust.verify_client(leaf, intermediates, now)
         })?;
         identities_of(leaf, &self.trust_domain)?;
@@ -145,7 +145,7 @@ impl ServerCertVerifier for ServerWithIdentity {
         _: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        with_anchors(&self.trust, |trust| {
+        with_trust(&self.trust, |trust| {
             trust.verify_server(leaf, intermediates, now)
         })?;
         let presented = identities_of(leaf, &self.expected.trust_domain)?;

@@ -219,6 +219,20 @@ fn a_client_refuses_servers_that_are_not_who_it_expects() {
 }
 
 #[test]
+fn a_revoked_certificate_is_refused_by_either_side_and_by_name() {
+    let mesh = TestAuthority::new("mesh");
+    let (web, voting) = (mesh.certify(&[WEB]), mesh.certify(&[VOTING]));
+    for (revoked, side) in [(&web, Side::Server), (&voting, Side::Client)] {
+        let trust = mesh.trust_but(&mesh.list(&[&revoked.chain()[0]]));
+        let client = client_config(Arc::clone(&web), Arc::clone(&trust), identity("voting"));
+        let server = server_config(Arc::clone(&voting), trust, "cluster.local".to_owned());
+        let result = handshake(Arc::new(client), Arc::new(server));
+        let by_name = Reason::CertificateRevoked;
+        assert_eq!(refused(result), (side, by_name, by_name));
+    }
+}
+
+#[test]
 fn any_name_of_a_server_may_be_the_expected_one() {
     let mesh = TestAuthority::new("mesh");
     let server = mesh.certify(&["https://voting.test", WEB, VOTING]);

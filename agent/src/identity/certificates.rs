@@ -15,7 +15,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use rustls::{ClientConfig, ServerConfig};
+use rustls::{ClientConfig, ServerConfig, pki_types::CertificateDer};
 use tokio::{sync::watch, task::JoinHandle};
 
 use super::{
@@ -199,6 +199,22 @@ impl Certificates {
     /// The authority as it was last seen: its ends, and how its files were read.
     pub(crate) fn authority(&self) -> Arc<Standing> {
         self.source.standing.load_full()
+    }
+
+    /// Ends when a certificate of `chain`, which was sound at its handshake, is revoked; maybe at
+    /// once. May be awaited on any runtime.
+    pub(crate) async fn revoked(&self, chain: &[CertificateDer<'static>]) {
+        let mut changes = self.source.changes.subscribe();
+        loop {
+            let trust = self.source.trust.load_full();
+            if trust.is_some_and(|trust| trust.revokes(chain)) {
+                return;
+            }
+            if changes.changed().await.is_err() {
+                // `source` has the sender, so this is never reached.
+                std::future::pending::<()>().await;
+            }
+        }
     }
 
     fn entry(&self, own: &SpiffeId) -> Result<Arc<Entry>, NoIdentity> {

@@ -224,7 +224,7 @@ async fn a_new_issuer_under_the_same_anchor_renews_every_certificate_within_seco
 }
 
 #[tokio::test]
-async fn an_own_certificate_that_is_revoked_is_replaced() {
+async fn a_revoked_certificate_is_told_of_and_the_own_one_replaced() {
     let fixture = Fixture::with_identities(DAY, &["web", "voting"]).await;
     let session = fixture.session();
     let web = session.server.peer_certificates().unwrap();
@@ -237,10 +237,14 @@ async fn an_own_certificate_that_is_revoked_is_replaced() {
     let list = list_of(&issuer, &[&web[0]]);
     std::fs::write(directory.join("crl.pem"), list).unwrap();
 
+    let told = timeout(DEADLINE, fixture.certificates.revoked(web));
+    told.await.unwrap();
     fixture.until("web", |ended| ended > 1).await;
     let next = fixture.session();
     assert_ne!(next.server.peer_certificates().unwrap()[0], web[0]);
     assert_eq!(next.client.peer_certificates().unwrap(), voting);
+    let others = fixture.certificates.revoked(voting);
+    assert!(others.now_or_never().is_none());
 }
 
 #[tokio::test]

@@ -23,6 +23,8 @@ struct Behaviour {
     fails: AtomicBool,
     /// Certifies this identity, whatever was asked for.
     confused: AtomicBool,
+    /// Takes half a second for an answer.
+    slow: AtomicBool,
 }
 
 /// The embedded authority, with faults.
@@ -39,6 +41,11 @@ impl CertificateAuthority for Faulty {
         }
         if self.behaviour.confused.load(Ordering::SeqCst) {
             request.identity = identity("confused");
+        }
+        if self.behaviour.slow.load(Ordering::SeqCst) {
+            let signed = self.inner.sign(request);
+            let late = tokio::time::sleep(Duration::from_millis(500));
+            return late.then(|()| signed).boxed();
         }
         self.inner.sign(request)
     }
@@ -166,6 +173,25 @@ async fn a_failing_authority_leaves_the_certificate_in_use_and_recovers_alone() 
 
     fixture.behaviour.fails.store(false, Ordering::SeqCst);
     fixture.until("web", |_| fixture.end_of("web") > ends).await;
+    fixture.session();
+}
+
+#[tokio::test]
+async fn an_authority_that_answers_wrongly_and_then_slowly_leaves_no_gap() {
+    let fixture = Fixture::with_identities(Duration::from_secs(10), &["web", "voting"]).await;
+    let ends = fixture.end_of("web");
+
+    fixture.behaviour.confused.store(true, Ordering::SeqCst);
+    fixture
+        .until("web", |_| fixture.certificates.refreshes().failed > 0)
+        .await;
+    fixture.session();
+    assert_eq!(fixture.end_of("web"), ends);
+
+    fixture.behaviour.slow.store(true, Ordering::SeqCst);
+    fixture.behaviour.confused.store(false, Ordering::SeqCst);
+    fixture.until("web", |_| fixture.end_of("web") > ends).await;
+    assert!(SystemTime::now() < ends, "the old one had ended");
     fixture.session();
 }
 

@@ -216,7 +216,7 @@ pub(super) fn list_of(
     list.signed_by(issuer).unwrap().pem().unwrap()
 }
 
-/// Two ends that have shaken hands.
+/// Two ends that shake hands.
 #[derive(Debug)]
 pub(super) struct Session {
     pub(super) client: ClientConnection,
@@ -238,11 +238,7 @@ pub(super) fn handshake(
     client: Arc<ClientConfig>,
     server: Arc<ServerConfig>,
 ) -> Result<Session, Refusal> {
-    let name = ServerName::from(std::net::IpAddr::from([10, 0, 0, 1]));
-    let mut session = Session {
-        client: ClientConnection::new(client, name).unwrap(),
-        server: ServerConnection::new(server).unwrap(),
-    };
+    let mut session = Session::new(client, server);
     // A full handshake takes two round trips at most (hello retry).
     for _ in 0..3 {
         if let Err(error) = session.client_speaks() {
@@ -265,6 +261,15 @@ pub(super) fn handshake(
 }
 
 impl Session {
+    /// Two ends that have said nothing yet.
+    pub(super) fn new(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> Self {
+        let name = ServerName::from(std::net::IpAddr::from([10, 0, 0, 1]));
+        Self {
+            client: ClientConnection::new(client, name).unwrap(),
+            server: ServerConnection::new(server).unwrap(),
+        }
+    }
+
     /// Carries what the client has to say to the server.
     pub(super) fn client_speaks(&mut self) -> Result<(), Error> {
         let mut bytes = Vec::new();

@@ -115,7 +115,7 @@ impl Agent {
         let steered = readiness.register("steering");
         let mesh = discovery.mesh();
         let first = Arc::clone(&mesh.borrow());
-        let authority = EmbeddedAuthority::new(first.identity.directory.clone());
+        let authority = EmbeddedAuthority::new(&first.identity.directory);
         let certificates = Arc::new(Certificates::new(
             Arc::new(authority),
             first.trust_domain.clone(),
@@ -286,11 +286,18 @@ impl Agent {
     fn report_certificates(&self) {
         let expirations = self.shared.certificates.expirations();
         let first: Option<SystemTime> = expirations.into_iter().map(|(_, end)| end).min();
-        self.shared.metrics.set_certificate_expiration(first);
+        let metrics = self.shared.metrics.identity();
+        metrics.set_expiration(first);
         let refreshes = self.shared.certificates.refreshes();
-        self.shared
-            .metrics
-            .set_certificate_refreshes(refreshes.ok, refreshes.failed);
+        metrics.set_refreshes(refreshes.ok, refreshes.failed);
+        let authority = self.shared.certificates.authority();
+        let ends = authority.expiries.iter();
+        metrics.set_authority_expirations(
+            ends.map(|expiry| (expiry.object, expiry.subject.clone(), expiry.ends.into())),
+        );
+        for reloads in &authority.reloads {
+            metrics.set_authority_reloads(reloads.object, reloads.accepted, reloads.refused);
+        }
     }
 
     /// Takes no new connection and waits for those that live.

@@ -102,6 +102,8 @@ reasons! {
     Withdrawn = "withdrawn",
     /// The agent ended.
     Shutdown = "shutdown",
+    /// The peer's certificate, or one above it, was revoked.
+    CertificateRevoked = "certificate_revoked",
 }
 
 impl Reason {

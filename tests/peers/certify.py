@@ -32,19 +32,19 @@ def builder(subject, issuer, key, since, until):
     )
 
 
-def authority(name, since, until):
-    """A trust anchor that signs leaves itself."""
+def authority(name, since, until, above=None, above_key=None):
+    """An authority that signs leaves: a trust anchor, or what the name and key `above` certify."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
     certificate = (
-        builder(subject, subject, key, since, until)
+        builder(subject, above or subject, key, since, until)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .add_extension(usage, critical=True)
         .add_extension(
             x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
         )
-        .sign(key, hashes.SHA256())
+        .sign(above_key or key, hashes.SHA256())
     )
     return certificate, key
 

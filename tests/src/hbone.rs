@@ -200,6 +200,19 @@ pub fn serve(
 }
 
 impl Issued {
+    /// Its number, in hexadecimal digits.
+    pub fn serial(&self) -> Result<String> {
+        let certificate = self.path.with_extension("crt");
+        let done = std_process::Command::new("openssl")
+            .args(["x509", "-noout", "-serial", "-in"])
+            .arg(certificate)
+            .output()
+            .context("openssl can't be run")?;
+        let said = String::from_utf8(done.stdout)?;
+        let serial = said.trim().strip_prefix("serial=");
+        Ok(serial.context("openssl says no serial")?.to_owned())
+    }
+
     fn argument(&self) -> [String; 2] {
         ["--certificate".to_owned(), self.path.display().to_string()]
     }
@@ -227,9 +240,13 @@ fn script(name: &str) -> Vec<String> {
     ]
 }
 
-/// Runs `certify.py`, which needs no namespace.
 fn certify(arguments: &[String]) -> Result<()> {
-    let command = script("certify.py");
+    run_tool("certify.py", arguments)
+}
+
+/// Runs a script that needs no namespace.
+pub(crate) fn run_tool(name: &str, arguments: &[String]) -> Result<()> {
+    let command = script(name);
     let done = std_process::Command::new(&command[0])
         .args(&command[1..])
         .args(arguments)
@@ -237,7 +254,7 @@ fn certify(arguments: &[String]) -> Result<()> {
         .context("python3 can't be run")?;
     ensure!(
         done.status.success(),
-        "certify.py: {}",
+        "{name}: {}",
         String::from_utf8_lossy(&done.stderr)
     );
     Ok(())

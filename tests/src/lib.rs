@@ -28,6 +28,7 @@
 
 mod agent;
 mod app;
+mod authority;
 mod bed;
 mod caller;
 mod capture;
@@ -55,6 +56,7 @@ mod wait;
 
 pub use agent::Agent;
 pub use app::App;
+pub use authority::{Authority, IdentityVolume};
 pub use bed::Testbed;
 pub use caller::{Caller, EchoApp, Fate, same_family, say};
 pub use capture::Capture;

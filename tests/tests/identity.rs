@@ -302,7 +302,7 @@ fn certificates_are_renewed_without_touching_live_connections() {
 }
 
 #[test]
-fn an_authority_that_fails_leaves_valid_certificates_in_use() {
+fn an_issuer_that_breaks_on_disk_goes_on_signing_from_memory() {
     let bed = Testbed::new("no-issuer").unwrap();
     let world = World::new(bed.with_certificate_lifetime("10s"));
     let folder = hbone::identity_folder(&world.bed);
@@ -319,11 +319,17 @@ fn an_authority_that_fails_leaves_valid_certificates_in_use() {
     let (key, hidden) = (folder.join("issuer.key"), folder.join("hidden"));
     fs::rename(&key, &hidden).unwrap();
     let agent = world.bed.agent(&world.node).process();
-    agent
-        .wait_for_log("the old one stays in use", LIMIT)
-        .unwrap();
     agent.wait_for_log("issuer.key is missing", LIMIT).unwrap();
-    assert_eq!(serial(), first);
-    fs::rename(&hidden, &key).unwrap();
     eventually("another certificate", LIMIT, || serial() != first).unwrap();
+    let reloads = |result| {
+        let metrics = world.bed.agent(&world.node).metrics().unwrap();
+        let labels = [("object", "issuer"), ("result", result)];
+        metrics.sum("malla_identity_reloads_total", &labels)
+    };
+    assert!(reloads("error") >= 1.0);
+    fs::rename(&hidden, &key).unwrap();
+    eventually("the issuer to be good again", LIMIT, || {
+        reloads("ok") >= 2.0
+    })
+    .unwrap();
 }

@@ -15,11 +15,11 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use rustls::{ClientConfig, ServerConfig};
+use rustls::{ClientConfig, ServerConfig, pki_types::CertificateDer};
 use tokio::{sync::watch, task::JoinHandle};
 
 use super::{
-    ca::CertificateAuthority,
+    ca::{CertificateAuthority, Standing},
     key_slot::KeySlot,
     refresh::{self, Source},
     tls,
@@ -34,7 +34,7 @@ pub(crate) struct Certificates {
     /// Read for each connection, written when a workload comes or goes.
     entries: ArcSwap<HashMap<SpiffeId, Arc<Entry>>>,
     writing: Mutex<()>,
-    _anchors: OwnedTask,
+    _following: OwnedTask,
 }
 
 /// One identity.
@@ -87,13 +87,13 @@ impl Certificates {
         lifetime: Duration,
     ) -> Self {
         let source = Arc::new(Source::new(authority, lifetime));
-        let anchors = tokio::spawn(refresh::follow_anchors(Arc::clone(&source)));
+        let following = tokio::spawn(refresh::follow(Arc::clone(&source)));
         Self {
             source,
             trust_domain,
             entries: ArcSwap::default(),
             writing: Mutex::new(()),
-            _anchors: OwnedTask(anchors),
+            _following: OwnedTask(following),
         }
     }
 
@@ -194,6 +194,27 @@ impl Certificates {
             .iter()
             .filter_map(|(identity, entry)| Some((identity.clone(), entry.slot.term()?.ends)))
             .collect()
+    }
+
+    /// The authority as it was last seen: its ends, and how its files were read.
+    pub(crate) fn authority(&self) -> Arc<Standing> {
+        self.source.standing.load_full()
+    }
+
+    /// Ends when a certificate of `chain`, which was sound at its handshake, is revoked; maybe at
+    /// once. May be awaited on any runtime.
+    pub(crate) async fn revoked(&self, chain: &[CertificateDer<'static>]) {
+        let mut changes = self.source.changes.subscribe();
+        loop {
+            let trust = self.source.trust.load_full();
+            if trust.is_some_and(|trust| trust.revokes(chain)) {
+                return;
+            }
+            if changes.changed().await.is_err() {
+                // `source` has the sender, so this is never reached.
+                std::future::pending::<()>().await;
+            }
+        }
     }
 
     fn entry(&self, own: &SpiffeId) -> Result<Arc<Entry>, NoIdentity> {

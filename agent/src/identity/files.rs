@@ -1,16 +1,21 @@
 //! The files of an authority's folder: read and checked one by one, written whole.
 
 use std::{
-    fs::{File, OpenOptions, Permissions},
-    io::{self, Write},
+    fs::{self, File, OpenOptions, Permissions},
+    io::{self, Read, Write},
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
-use rcgen::{KeyPair, PublicKeyData};
+use rcgen::KeyPair;
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use time::OffsetDateTime;
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
+
+use super::revocation::ListError;
+
+/// The largest file that is read: a list of some 400,000 revoked certificates.
+const MOST_BYTES: u64 = 16 << 20;
 
 /// Why the folder can't serve as a certificate authority. Each names the file and the way out.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +32,14 @@ pub(crate) enum FolderError {
         .0.display()
     )]
     MissingKey(PathBuf),
+    #[error("the {object} {} is missing: put it there", path.display())]
+    Missing { object: &'static str, path: PathBuf },
+    #[error("the revocation list {} cannot be used: {source}: put a whole one there", path.display())]
+    RevocationList { path: PathBuf, source: ListError },
+    #[error("the issuer in {} is revoked by {}: put a new issuer and its key there", issuer.display(), list.display())]
+    IssuerRevoked { issuer: PathBuf, list: PathBuf },
+    #[error("the certificate in {} is not an authority's: put an issuer there whose basic constraints say CA", .0.display())]
+    NotAnAuthority(PathBuf),
     #[error(
         "{} is not a PEM file with a {what} ({detail}): replace it, or remove the folder's files \
          to have new ones made",
@@ -74,27 +87,57 @@ pub(crate) enum FolderError {
     },
 }
 
-pub(super) fn read_key(path: &Path) -> Result<KeyPair, FolderError> {
-    let pem = std::fs::read_to_string(path).map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound => FolderError::MissingKey(path.to_owned()),
-        _ => io_error("read", path)(source),
-    })?;
-    KeyPair::from_pem(&pem).map_err(|error| FolderError::Unreadable {
-        path: path.to_owned(),
-        what: "private key",
-        detail: error.to_string(),
-    })
+/// A file's bytes; `None` where there is no such file.
+pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>, FolderError> {
+    let read = || -> io::Result<Vec<u8>> {
+        // Asked before opening: to open a FIFO would wait for its writer.
+        if !fs::metadata(path)?.is_file() {
+            return Err(io::Error::other("it is not a file"));
+        }
+        let mut bytes = Vec::new();
+        File::open(path)?
+            .take(MOST_BYTES + 1)
+            .read_to_end(&mut bytes)?;
+        if bytes.len() as u64 > MOST_BYTES {
+            return Err(io::Error::other("it is larger than 16 MiB"));
+        }
+        Ok(bytes)
+    };
+    match read() {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(io_error("read", path)(error)),
+    }
 }
 
-/// At least one certificate, each of which [`parse`]s.
-pub(super) fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, FolderError> {
+/// The private key of what [`read`] has read from `path`.
+pub(super) fn key_of(bytes: Option<&[u8]>, path: &Path) -> Result<KeyPair, FolderError> {
+    let bytes = bytes.ok_or_else(|| FolderError::MissingKey(path.to_owned()))?;
+    let unreadable = |detail: String| FolderError::Unreadable {
+        path: path.to_owned(),
+        what: "private key",
+        detail,
+    };
+    let pem = str::from_utf8(bytes).map_err(|error| unreadable(error.to_string()))?;
+    KeyPair::from_pem(pem).map_err(|error| unreadable(error.to_string()))
+}
+
+/// The certificates, at least one, of what [`read`] has read from `path`. Each of them [`parse`]s.
+pub(super) fn certificates_of(
+    bytes: Option<&[u8]>,
+    object: &'static str,
+    path: &Path,
+) -> Result<Vec<CertificateDer<'static>>, FolderError> {
+    let missing = || FolderError::Missing {
+        object,
+        path: path.to_owned(),
+    };
     let unreadable = |detail: String| FolderError::Unreadable {
         path: path.to_owned(),
         what: "certificate",
         detail,
     };
-    let pem = std::fs::read(path).map_err(io_error("read", path))?;
-    let certificates: Vec<_> = CertificateDer::pem_slice_iter(&pem)
+    let certificates: Vec<_> = CertificateDer::pem_slice_iter(bytes.ok_or_else(missing)?)
         .collect::<Result<_, _>>()
         .map_err(|error| unreadable(error.to_string()))?;
     for certificate in &certificates {
@@ -106,49 +149,12 @@ pub(super) fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'stati
     Ok(certificates)
 }
 
-/// Parses what [`read_certificates`] has let through.
+/// Parses what [`certificates_of`] has let through.
 pub(super) fn parse<'a>(certificate: &'a CertificateDer<'_>) -> X509Certificate<'a> {
     let (_, parsed) = X509Certificate::from_der(certificate)
         // Parsing is a function of the bytes, and these were parsed when they were read.
         .expect("a certificate that was parsed before");
     parsed
-}
-
-pub(super) fn check_dates(
-    certificate: &CertificateDer<'_>,
-    object: &'static str,
-    path: &Path,
-    now: OffsetDateTime,
-) -> Result<(), FolderError> {
-    let parsed = parse(certificate);
-    let validity = parsed.validity();
-    let (from, at) = (
-        validity.not_before.to_datetime(),
-        validity.not_after.to_datetime(),
-    );
-    let path = path.to_owned();
-    if at <= now {
-        return Err(FolderError::Expired { object, path, at });
-    }
-    if from > now {
-        return Err(FolderError::NotYetValid { object, path, from });
-    }
-    Ok(())
-}
-
-pub(super) fn check_pair(
-    key: &KeyPair,
-    key_path: &Path,
-    certificate: &CertificateDer<'_>,
-    certificate_path: &Path,
-) -> Result<(), FolderError> {
-    if parse(certificate).public_key().raw == key.subject_public_key_info() {
-        return Ok(());
-    }
-    Err(FolderError::KeyMismatch {
-        key: key_path.to_owned(),
-        certificate: certificate_path.to_owned(),
-    })
 }
 
 /// Writes a file that only its owner reads, and that others see whole or not at all. The caller

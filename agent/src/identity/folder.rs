@@ -1,15 +1,17 @@
-//! The folder of the embedded authority: trust anchor and issuer, each a certificate and a key.
+//! The folder of the embedded authority: trust anchors, issuer, revocation lists.
 //!
 //! `ca.crt` may hold several anchors, while one replaces another; `issuer.crt` may hold
-//! intermediates after the issuer. What is missing is made; what is there is checked, never
-//! replaced, but for an issuer that nears its end and whose anchor's key is here too. Agents of
-//! one machine share the folder: readers and makers hold a lock on it, and each file appears
-//! whole or not at all. Whoever replaces files by hand should rename them into place.
+//! intermediates after the issuer. In a folder without an authority one is made; an issuer that is
+//! missing, or nears its end, is made where the anchor's key is here too. What somebody has put
+//! there is checked, never replaced. Agents of one machine share the folder: readers and makers
+//! hold a lock on it, and each file that an agent makes appears whole or not at all.
 
 use std::{
     fs::{DirBuilder, File},
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
+    thread,
+    time::Duration as StdDuration,
 };
 
 use rcgen::{
@@ -19,218 +21,207 @@ use rcgen::{
 use rustls::pki_types::CertificateDer;
 use time::{Duration, OffsetDateTime};
 
-use super::files::{
-    FolderError, check_dates, check_pair, io_error, making, parse, read_certificates, read_key,
-    write_whole,
+use super::{
+    files::{FolderError, certificates_of, io_error, key_of, making, parse, read, write_whole},
+    judge::{self, ANCHOR, ISSUER},
 };
-
-const ANCHOR: &str = "trust anchor";
-const ISSUER: &str = "issuer";
 
 const ANCHOR_LIFETIME: Duration = Duration::days(3650);
 const ISSUER_LIFETIME: Duration = Duration::days(365);
 /// How far the clocks of two nodes may be apart before a new certificate isn't valid yet.
 pub(super) const CLOCK_TOLERANCE: Duration = Duration::minutes(2);
 
-/// A checked authority.
-#[derive(Debug)]
-pub(super) struct Authority {
-    /// The anchors that are valid now.
-    pub(super) anchors: Vec<CertificateDer<'static>>,
-    /// The issuer, then what stands between it and its anchor.
-    pub(super) chain: Vec<CertificateDer<'static>>,
-    pub(super) key: KeyPair,
-    /// The first end among the issuer's chain and its anchor.
-    pub(super) ends: OffsetDateTime,
-}
+/// Files that are read as they are written one after the other don't belong together. So a change
+/// counts once two readings, this far apart, have found the same.
+const QUIET: StdDuration = StdDuration::from_millis(50);
+/// Readings after which files that never rest are judged as they are.
+const MOST_READINGS: u32 = 10;
 
-/// The four files.
-struct Paths {
-    anchor: PathBuf,
+/// The folder, by the names of its files.
+#[derive(Debug, Clone)]
+pub(super) struct Folder {
+    directory: PathBuf,
+    pub(super) anchors: PathBuf,
     anchor_key: PathBuf,
-    issuer: PathBuf,
-    issuer_key: PathBuf,
+    pub(super) issuer: PathBuf,
+    pub(super) issuer_key: PathBuf,
+    pub(super) revocations: PathBuf,
 }
 
-impl Paths {
-    fn of(directory: &Path) -> Self {
+/// What was in the files, read in one go.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct Contents {
+    pub(super) anchors: Option<Vec<u8>>,
+    pub(super) issuer: Option<Vec<u8>>,
+    pub(super) issuer_key: Option<Vec<u8>>,
+    pub(super) revocations: Option<Vec<u8>>,
+}
+
+impl Folder {
+    pub(super) fn new(directory: &Path) -> Self {
         Self {
-            anchor: directory.join("ca.crt"),
+            directory: directory.to_owned(),
+            anchors: directory.join("ca.crt"),
             anchor_key: directory.join("ca.key"),
             issuer: directory.join("issuer.crt"),
             issuer_key: directory.join("issuer.key"),
+            revocations: directory.join("crl.pem"),
         }
     }
-}
 
-/// Loads the authority, after making what is missing. Blocks on the disk and on the lock.
-pub(super) fn open(directory: &Path, now: OffsetDateTime) -> Result<Authority, FolderError> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(directory)
-        .map_err(io_error("make", directory))?;
-    let paths = Paths::of(directory);
-    let lock = File::open(directory).map_err(io_error("open", directory))?;
-    lock.lock_shared().map_err(io_error("lock", directory))?;
-    if paths.anchor.exists() && paths.issuer.exists() && !issuer_is_due(&paths, now) {
-        return load(&paths, now);
+    /// What is in the folder, once it rests. Blocks on the disk, and for as long as files differ
+    /// from `known` and change: half a second at most.
+    pub(super) fn read(&self, known: Option<&Contents>) -> Result<Contents, FolderError> {
+        let mut contents = self.read_once()?;
+        for _ in 0..MOST_READINGS {
+            if known == Some(&contents) {
+                break;
+            }
+            thread::sleep(QUIET);
+            let again = self.read_once()?;
+            if again == contents {
+                break;
+            }
+            contents = again;
+        }
+        Ok(contents)
     }
-    // Not an upgrade of the shared lock: two upgrades would wait for each other.
-    lock.unlock().map_err(io_error("unlock", directory))?;
-    lock.lock().map_err(io_error("lock", directory))?;
-    if !paths.anchor.exists() {
-        make_anchor(&paths, now)?;
-    }
-    if !paths.issuer.exists() {
-        make_issuer(&paths, now)?;
-    } else if issuer_is_due(&paths, now)
-        && let Err(error) = make_issuer(&paths, now)
-    {
-        tracing::warn!(%error, "the issuer nears its end and could not be renewed");
-    }
-    load(&paths, now)
-}
 
-/// The trust anchors in use, without the issuer: anchors outlast an issuer that is broken.
-pub(super) fn anchors(
-    directory: &Path,
-    now: OffsetDateTime,
-) -> Result<Vec<CertificateDer<'static>>, FolderError> {
-    let paths = Paths::of(directory);
-    if !paths.anchor.exists() {
-        return open(directory, now).map(|authority| authority.anchors);
+    fn read_once(&self) -> Result<Contents, FolderError> {
+        let Some(_lock) = self.lock(File::lock_shared)? else {
+            return Ok(Contents::default());
+        };
+        Ok(Contents {
+            anchors: read(&self.anchors)?,
+            issuer: read(&self.issuer)?,
+            issuer_key: read(&self.issuer_key)?,
+            revocations: read(&self.revocations)?,
+        })
     }
-    valid_anchors(&paths, now)
-}
 
-fn valid_anchors(
-    paths: &Paths,
-    now: OffsetDateTime,
-) -> Result<Vec<CertificateDer<'static>>, FolderError> {
-    let mut valid = Vec::new();
-    let mut invalid = None;
-    for anchor in read_certificates(&paths.anchor)? {
-        match check_dates(&anchor, ANCHOR, &paths.anchor, now) {
-            Ok(()) => valid.push(anchor),
-            Err(error) => invalid = Some(error),
+    /// Makes an issuer where it is missing or nears its end; where this is a `first` look, also an
+    /// authority where there is none: a folder that is empty later was emptied by somebody. Says
+    /// whether anything was made, by this agent or meanwhile by another.
+    pub(super) fn make_missing(
+        &self,
+        first: bool,
+        now: OffsetDateTime,
+    ) -> Result<bool, FolderError> {
+        if !self.lacks_something(first, now)? {
+            return Ok(false);
+        }
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.directory)
+            .map_err(io_error("make", &self.directory))?;
+        let _lock = self.lock(File::lock)?;
+        // Another agent may have been quicker.
+        if !self.lacks_something(first, now)? {
+            return Ok(true);
+        }
+        if !self.anchors.exists() {
+            self.make_anchor(now)?;
+        }
+        self.make_issuer(now)?;
+        Ok(true)
+    }
+
+    /// Whether something is to be made. A folder with parts of an authority is somebody's, and only
+    /// what its anchor's key can make is made there.
+    fn lacks_something(&self, first: bool, now: OffsetDateTime) -> Result<bool, FolderError> {
+        if !self.anchors.exists() {
+            return Ok(first && !self.issuer.exists() && !self.issuer_key.exists());
+        }
+        if !self.issuer.exists() {
+            return Ok(self.anchor_key.exists());
+        }
+        self.issuer_is_due(now)
+    }
+
+    /// Locks the folder for as long as the result lives. None where there is no folder.
+    fn lock(
+        &self,
+        lock: impl FnOnce(&File) -> std::io::Result<()>,
+    ) -> Result<Option<File>, FolderError> {
+        match File::open(&self.directory) {
+            Ok(folder) => {
+                lock(&folder).map_err(io_error("lock", &self.directory))?;
+                Ok(Some(folder))
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(io_error("open", &self.directory)(error)),
         }
     }
-    match (valid.is_empty(), invalid) {
-        (true, Some(error)) => Err(error),
-        _ => Ok(valid),
+
+    /// Whether the issuer is past 70 % of its life and one that ends later can be made.
+    fn issuer_is_due(&self, now: OffsetDateTime) -> Result<bool, FolderError> {
+        let bytes = read(&self.issuer)?;
+        let Ok(chain) = certificates_of(bytes.as_deref(), ISSUER, &self.issuer) else {
+            return Ok(false);
+        };
+        // A longer chain was made elsewhere, for an anchor whose key is elsewhere.
+        let [issuer] = &chain[..] else {
+            return Ok(false);
+        };
+        let validity = parse(issuer).validity().clone();
+        let from = validity.not_before.to_datetime();
+        let ends = validity.not_after.to_datetime();
+        Ok(now >= from + (ends - from) * 0.7
+            && self
+                .signing_anchor(now)
+                .is_ok_and(|(anchor, _)| new_issuer_end(&anchor, now) > ends))
     }
-}
 
-fn load(paths: &Paths, now: OffsetDateTime) -> Result<Authority, FolderError> {
-    let anchors = valid_anchors(paths, now)?;
-    let chain = read_certificates(&paths.issuer)?;
-    for certificate in &chain {
-        check_dates(certificate, ISSUER, &paths.issuer, now)?;
+    /// The valid anchor whose key is in the folder, with that key.
+    fn signing_anchor(
+        &self,
+        now: OffsetDateTime,
+    ) -> Result<(CertificateDer<'static>, KeyPair), FolderError> {
+        let key = key_of(read(&self.anchor_key)?.as_deref(), &self.anchor_key)?;
+        let spki = key.subject_public_key_info();
+        let anchors = certificates_of(read(&self.anchors)?.as_deref(), ANCHOR, &self.anchors)?;
+        judge::valid(anchors, ANCHOR, &self.anchors, now)?
+            .into_iter()
+            .find(|anchor| parse(anchor).public_key().raw == spki)
+            .map(|anchor| (anchor, key))
+            .ok_or_else(|| FolderError::KeyMismatch {
+                key: self.anchor_key.clone(),
+                certificate: self.anchors.clone(),
+            })
     }
-    let key = read_key(&paths.issuer_key)?;
-    check_pair(&key, &paths.issuer_key, &chain[0], &paths.issuer)?;
-    let anchor_ends = anchor_end(&chain, &anchors).ok_or_else(|| not_chained(paths))?;
-    let ends = chain
-        .iter()
-        .map(|certificate| parse(certificate).validity().not_after.to_datetime())
-        .fold(anchor_ends, OffsetDateTime::min);
-    Ok(Authority {
-        anchors,
-        chain,
-        key,
-        ends,
-    })
-}
 
-/// The error for an issuer in `directory` whose signature isn't that of an anchor, which shows only
-/// when something that it signed is verified.
-pub(super) fn not_signed_by_anchor(directory: &Path) -> FolderError {
-    not_chained(&Paths::of(directory))
-}
-
-fn not_chained(paths: &Paths) -> FolderError {
-    FolderError::NotChained {
-        issuer: paths.issuer.clone(),
-        anchors: paths.anchor.clone(),
+    fn make_anchor(&self, now: OffsetDateTime) -> Result<(), FolderError> {
+        let making = making(ANCHOR, &self.anchors);
+        let key = existing_or_new_key(&self.anchor_key, &making)?;
+        let mut params = authority_params("malla trust anchor", &key);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.not_before = now - CLOCK_TOLERANCE;
+        params.not_after = now + ANCHOR_LIFETIME;
+        let anchor = params.self_signed(&key).map_err(making)?;
+        write_whole(&self.anchors, anchor.pem().as_bytes())
     }
-}
 
-/// The first end among the anchors that may have signed the top of `chain`.
-fn anchor_end(
-    chain: &[CertificateDer<'static>],
-    anchors: &[CertificateDer<'static>],
-) -> Option<OffsetDateTime> {
-    let top = parse(chain.last()?);
-    anchors
-        .iter()
-        .map(parse)
-        .filter(|anchor| anchor.subject().as_raw() == top.issuer().as_raw())
-        .map(|anchor| anchor.validity().not_after.to_datetime())
-        .min()
-}
-
-/// Whether the issuer is past 70 % of its life and one that ends later can be made.
-fn issuer_is_due(paths: &Paths, now: OffsetDateTime) -> bool {
-    let Ok(chain) = read_certificates(&paths.issuer) else {
-        return false;
-    };
-    // A longer chain was made elsewhere, for an anchor whose key is elsewhere.
-    let [issuer] = &chain[..] else { return false };
-    let validity = parse(issuer).validity().clone();
-    let from = validity.not_before.to_datetime();
-    let ends = validity.not_after.to_datetime();
-    now >= from + (ends - from) * 0.7
-        && signing_anchor(paths, now).is_ok_and(|(anchor, _)| new_issuer_end(&anchor, now) > ends)
+    fn make_issuer(&self, now: OffsetDateTime) -> Result<(), FolderError> {
+        let (anchor, anchor_key) = self.signing_anchor(now)?;
+        let ends = new_issuer_end(&anchor, now);
+        let making = making(ISSUER, &self.issuer);
+        let anchor = Issuer::from_ca_cert_der(&anchor, anchor_key).map_err(&making)?;
+        // A renewed issuer keeps its key, so that one rename replaces it.
+        let key = existing_or_new_key(&self.issuer_key, &making)?;
+        let mut params = authority_params("malla issuer", &key);
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.use_authority_key_identifier_extension = true;
+        params.not_before = now - CLOCK_TOLERANCE;
+        params.not_after = ends;
+        let issuer = params.signed_by(&key, &anchor).map_err(making)?;
+        write_whole(&self.issuer, issuer.pem().as_bytes())
+    }
 }
 
 fn new_issuer_end(anchor: &CertificateDer<'_>, now: OffsetDateTime) -> OffsetDateTime {
     let anchor_ends = parse(anchor).validity().not_after.to_datetime();
     anchor_ends.min(now + ISSUER_LIFETIME)
-}
-
-/// The valid anchor whose key is in the folder, with that key.
-fn signing_anchor(
-    paths: &Paths,
-    now: OffsetDateTime,
-) -> Result<(CertificateDer<'static>, KeyPair), FolderError> {
-    let key = read_key(&paths.anchor_key)?;
-    let spki = key.subject_public_key_info();
-    valid_anchors(paths, now)?
-        .into_iter()
-        .find(|anchor| parse(anchor).public_key().raw == spki)
-        .map(|anchor| (anchor, key))
-        .ok_or_else(|| FolderError::KeyMismatch {
-            key: paths.anchor_key.clone(),
-            certificate: paths.anchor.clone(),
-        })
-}
-
-fn make_anchor(paths: &Paths, now: OffsetDateTime) -> Result<(), FolderError> {
-    let making = making(ANCHOR, &paths.anchor);
-    let key = existing_or_new_key(&paths.anchor_key, &making)?;
-    let mut params = authority_params("malla trust anchor", &key);
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    params.not_before = now - CLOCK_TOLERANCE;
-    params.not_after = now + ANCHOR_LIFETIME;
-    let anchor = params.self_signed(&key).map_err(making)?;
-    write_whole(&paths.anchor, anchor.pem().as_bytes())
-}
-
-fn make_issuer(paths: &Paths, now: OffsetDateTime) -> Result<(), FolderError> {
-    let (anchor, anchor_key) = signing_anchor(paths, now)?;
-    let ends = new_issuer_end(&anchor, now);
-    let making = making(ISSUER, &paths.issuer);
-    let anchor = Issuer::from_ca_cert_der(&anchor, anchor_key).map_err(&making)?;
-    // A renewed issuer keeps its key, so that one rename replaces it.
-    let key = existing_or_new_key(&paths.issuer_key, &making)?;
-    let mut params = authority_params("malla issuer", &key);
-    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-    params.use_authority_key_identifier_extension = true;
-    params.not_before = now - CLOCK_TOLERANCE;
-    params.not_after = ends;
-    let issuer = params.signed_by(&key, &anchor).map_err(making)?;
-    write_whole(&paths.issuer, issuer.pem().as_bytes())
 }
 
 /// A name that follows from the key: authorities of two folders never share one, and an anchor
@@ -255,8 +246,8 @@ fn existing_or_new_key(
     path: &Path,
     making: impl Fn(rcgen::Error) -> FolderError,
 ) -> Result<KeyPair, FolderError> {
-    if path.exists() {
-        return read_key(path);
+    if let Some(bytes) = read(path)? {
+        return key_of(Some(&bytes), path);
     }
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(making)?;
     write_whole(path, key.serialize_pem().as_bytes())?;

@@ -19,12 +19,7 @@ use rustls::{
 };
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
-use super::{
-    ca::CaError,
-    schedule::Term,
-    tls::provider,
-    verify::{TrustAnchors, peer_identity},
-};
+use super::{ca::CaError, peer::peer_identity, schedule::Term, tls::provider, trust::Trust};
 use crate::model::SpiffeId;
 
 /// A key with its certificate, checked to be what peers will accept.
@@ -41,7 +36,7 @@ impl Held {
         chain: Vec<CertificateDer<'static>>,
         key: &KeyPair,
         identity: &SpiffeId,
-        trust: &TrustAnchors,
+        trust: &Trust,
         now: SystemTime,
     ) -> Result<Self, CaError> {
         let unusable = |what: String| CaError::UnusableAnswer(what);
@@ -69,8 +64,22 @@ impl Held {
         })
     }
 
+    /// Whether it hangs on `issuer`: the certificates above it.
+    pub(super) fn is_of(&self, issuer: &[CertificateDer<'static>]) -> bool {
+        self.key.cert.get(1..) == Some(issuer)
+    }
+
+    /// Its number, as `openssl` writes it.
+    pub(super) fn serial(&self) -> String {
+        let (_, parsed) = X509Certificate::from_der(&self.key.cert[0])
+            // `new` has read its names and its end.
+            .expect("a certificate that was parsed before");
+        let digits = parsed.tbs_certificate.raw_serial_as_string();
+        digits.replace(':', "").to_uppercase()
+    }
+
     /// Whether peers that have `trust` would accept this certificate now.
-    pub(super) fn is_trusted_by(&self, trust: &TrustAnchors, now: SystemTime) -> bool {
+    pub(super) fn is_trusted_by(&self, trust: &Trust, now: SystemTime) -> bool {
         trust.verify_own(&self.key.cert, now).is_ok()
     }
 }
@@ -113,6 +122,10 @@ impl KeySlot {
 
 #[cfg(test)]
 impl KeySlot {
+    pub(super) fn chain(&self) -> Vec<CertificateDer<'static>> {
+        self.key().unwrap().cert.clone()
+    }
+
     /// A slot with what [`Held::new`] would refuse.
     pub(super) fn unchecked(chain: Vec<CertificateDer<'static>>, key: &KeyPair) -> Arc<Self> {
         let private = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));

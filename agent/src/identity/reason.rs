@@ -46,6 +46,7 @@ fn refused_by_us(error: &CertificateError) -> Reason {
         | CertificateError::ExpiredContext { .. }
         | CertificateError::NotValidYet
         | CertificateError::NotValidYetContext { .. } => Reason::CertificateExpired,
+        CertificateError::Revoked => Reason::CertificateRevoked,
         CertificateError::Other(other) => match other.0.downcast_ref() {
             Some(IdentityRefused::Mismatch { .. }) => Reason::IdentityMismatch,
             Some(IdentityRefused::ForeignTrustDomain { .. }) => Reason::ForeignTrustDomain,
@@ -59,10 +60,10 @@ fn refused_by_peer(alert: AlertDescription, side: Side) -> Reason {
     match alert {
         AlertDescription::CertificateRequired => Reason::NoCertificate,
         AlertDescription::CertificateExpired => Reason::CertificateExpired,
+        AlertDescription::CertificateRevoked => Reason::CertificateRevoked,
         AlertDescription::UnknownCA
         | AlertDescription::BadCertificate
-        | AlertDescription::UnsupportedCertificate
-        | AlertDescription::CertificateRevoked => Reason::UntrustedCertificate,
+        | AlertDescription::UnsupportedCertificate => Reason::UntrustedCertificate,
         AlertDescription::CertificateUnknown | AlertDescription::AccessDenied => match side {
             // A client looks for one identity, a server for a trust domain.
             Side::Server => Reason::IdentityMismatch,

@@ -1,4 +1,4 @@
-//! The background work: getting certificates, and following the trust anchors.
+//! The background work: getting certificates, and following the authority.
 
 use std::{
     sync::{
@@ -8,21 +8,24 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use arc_swap::ArcSwap;
 use rcgen::{
     CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, KeyPair, KeyUsagePurpose,
     PKCS_ECDSA_P256_SHA256, SanType,
 };
 use rustls::pki_types::CertificateSigningRequestDer;
+use time::OffsetDateTime;
 use tokio::{
     sync::{Semaphore, watch},
     time::{sleep, timeout},
 };
 
 use super::{
-    ca::{CaError, CertificateAuthority, SigningRequest},
+    ca::{CaError, CertificateAuthority, SigningRequest, Standing},
+    expiry::{Expiry, Reminders},
     key_slot::{Held, KeySlot},
     schedule,
-    verify::{SharedTrust, TrustAnchors},
+    trust::{SharedTrust, Trust},
 };
 use crate::model::SpiffeId;
 
@@ -30,8 +33,8 @@ use crate::model::SpiffeId;
 const ANSWER_TIMEOUT: Duration = Duration::from_mins(1);
 /// Requests at an authority at a time: a node that starts has many identities.
 const IN_FLIGHT: usize = 8;
-/// How often the trust anchors are looked at. A changed set is in use so much later.
-const ANCHOR_INTERVAL: Duration = Duration::from_secs(5);
+/// How often the authority is looked at. What it changes is in use so much later.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// The wall clock may be set while a task sleeps: it is read again after so long.
 const LONGEST_NAP: Duration = Duration::from_mins(1);
 
@@ -41,8 +44,10 @@ pub(super) struct Source {
     authority: Arc<dyn CertificateAuthority>,
     lifetime: Duration,
     pub(super) trust: SharedTrust,
-    /// Counts the changes of `trust`.
-    anchors_changed: watch::Sender<u64>,
+    /// The authority as it was last seen.
+    pub(super) standing: ArcSwap<Standing>,
+    /// Counts the changes of what certificates hang on.
+    pub(super) changes: watch::Sender<u64>,
     in_flight: Semaphore,
     pub(super) refreshed: AtomicU64,
     pub(super) failed: AtomicU64,
@@ -54,7 +59,8 @@ impl Source {
             authority,
             lifetime,
             trust: SharedTrust::default(),
-            anchors_changed: watch::Sender::new(0),
+            standing: ArcSwap::default(),
+            changes: watch::Sender::new(0),
             in_flight: Semaphore::new(IN_FLIGHT),
             refreshed: AtomicU64::new(0),
             failed: AtomicU64::new(0),
@@ -76,7 +82,10 @@ impl Source {
             lifetime: self.lifetime,
         };
         let signed = in_time(self.authority.sign(request)).await?;
-        let trust = self.update_anchors().await?;
+        let trust = match self.trust.load_full() {
+            Some(trust) => trust,
+            None => self.look().await?,
+        };
         Held::new(
             signed.certificates,
             &key,
@@ -86,38 +95,56 @@ impl Source {
         )
     }
 
-    /// Asks for the trust anchors and takes them over where they have changed.
-    async fn update_anchors(&self) -> Result<Arc<TrustAnchors>, CaError> {
-        let certificates = in_time(self.authority.trust_anchors()).await?;
-        if let Some(current) = self.trust.load_full()
-            && current.certificates == certificates
-        {
-            return Ok(current);
+    /// Asks the authority how it stands, and takes over what has changed.
+    async fn look(&self) -> Result<Arc<Trust>, CaError> {
+        let standing = in_time(self.authority.standing()).await?;
+        let (trust, has_other_trust) = match self.trust.load_full() {
+            Some(trust) if trust.is_of(&standing.anchors, &standing.revocations) => (trust, false),
+            _ => {
+                let (anchors, lists) = (&standing.anchors, &standing.revocations);
+                let trust = Trust::new(anchors.clone(), Arc::clone(lists)).map_err(|error| {
+                    CaError::UnusableAnswer(format!("its trust anchors cannot be used: {error}"))
+                })?;
+                (Arc::new(trust), true)
+            }
+        };
+        let has_other_issuer = self.standing.load().issuer != standing.issuer;
+        self.standing.store(Arc::new(standing));
+        if has_other_trust {
+            self.trust.store(Some(Arc::clone(&trust)));
         }
-        let count = certificates.len();
-        let trust = TrustAnchors::new(certificates).map_err(|error| {
-            CaError::UnusableAnswer(format!("its trust anchors cannot be used: {error}"))
-        })?;
-        let trust = Arc::new(trust);
-        self.trust.store(Some(Arc::clone(&trust)));
-        self.anchors_changed.send_modify(|changes| *changes += 1);
-        tracing::info!(count, "trust anchors taken over");
+        if has_other_trust || has_other_issuer {
+            self.changes.send_modify(|changes| *changes += 1);
+        }
         Ok(trust)
     }
 
-    /// Ends when the trust anchors have changed so that peers no longer accept what `slot` holds.
-    async fn distrusts(&self, slot: &KeySlot, changes: &mut watch::Receiver<u64>) {
+    /// Ends when the authority has changed so that another certificate is needed than the one in
+    /// `slot`, or so that one may be had after all.
+    async fn asks_for_another(
+        &self,
+        slot: &KeySlot,
+        failures: u32,
+        changes: &mut watch::Receiver<u64>,
+    ) {
         loop {
             if changes.changed().await.is_err() {
                 // `self` has the sender, so this is never reached; waiting for ever is harmless.
                 std::future::pending::<()>().await;
             }
-            if let (Some(held), Some(trust)) = (slot.held(), self.trust.load_full())
-                && !held.is_trusted_by(&trust, SystemTime::now())
-            {
+            if failures > 0 || self.has_left_behind(slot) {
                 return;
             }
         }
+    }
+
+    /// Whether what is in `slot` isn't what the authority would sign and peers would accept now.
+    fn has_left_behind(&self, slot: &KeySlot) -> bool {
+        let (Some(held), Some(trust)) = (slot.held(), self.trust.load_full()) else {
+            return false;
+        };
+        let issuer = &self.standing.load().issuer;
+        !held.is_trusted_by(&trust, SystemTime::now()) || !issuer.is_empty() && !held.is_of(issuer)
     }
 }
 
@@ -150,24 +177,25 @@ pub(super) async fn keep_fresh(
     slot: Arc<KeySlot>,
     ended: watch::Sender<u64>,
 ) {
-    let mut changes = source.anchors_changed.subscribe();
+    let mut changes = source.changes.subscribe();
     let mut failures = 0_u32;
     let mut due = SystemTime::now();
     loop {
         tokio::select! {
             () = sleep_until(due) => {}
-            () = source.distrusts(&slot, &mut changes) => {}
+            () = source.asks_for_another(&slot, failures, &mut changes) => {}
         }
         let obtained = source.obtain(&identity).await;
         let now = SystemTime::now();
         match obtained {
             Ok(held) => {
-                let ends = time::OffsetDateTime::from(held.term.ends);
+                let ends = OffsetDateTime::from(held.term.ends);
+                let serial = held.serial();
                 slot.store(held);
                 failures = 0;
                 source.refreshed.fetch_add(1, Ordering::Relaxed);
                 due = schedule::next_attempt(now, slot.term(), failures, dice());
-                tracing::info!(%identity, %ends, "certificate obtained");
+                tracing::info!(%identity, serial, %ends, "certificate obtained");
             }
             Err(error) => {
                 failures = failures.saturating_add(1);
@@ -185,7 +213,7 @@ fn warn(identity: &SpiffeId, error: &CaError, slot: &KeySlot, now: SystemTime, d
     let retry_in = due.duration_since(now).unwrap_or_default();
     match slot.term() {
         Some(term) => {
-            let ends = time::OffsetDateTime::from(term.ends);
+            let ends = OffsetDateTime::from(term.ends);
             if term.is_over(now) {
                 tracing::warn!(%identity, cause, %error, %ends, ?retry_in,
                     "no new certificate, and the old one has expired");
@@ -200,23 +228,45 @@ fn warn(identity: &SpiffeId, error: &CaError, slot: &KeySlot, now: SystemTime, d
     }
 }
 
-/// Takes over changed trust anchors for as long as it runs.
-pub(super) async fn follow_anchors(source: Arc<Source>) {
+/// Takes over what the authority changes, and reminds of what ends, for as long as it runs.
+pub(super) async fn follow(source: Arc<Source>) {
     let mut last_error = None;
+    let mut reminders = Reminders::default();
     loop {
-        match source.update_anchors().await {
+        match source.look().await {
             Ok(_) => last_error = None,
-            // Once for each cause: this runs every few seconds.
+            // Once for each cause: this runs every second.
             Err(error) => {
                 let text = error.to_string();
                 if last_error.as_ref() != Some(&text) {
                     tracing::warn!(cause = error.label(), %error,
-                        "the trust anchors cannot be read, those known stay in use");
+                        "the authority cannot be asked, what is known of it stays in use");
                     last_error = Some(text);
                 }
             }
         }
-        sleep(ANCHOR_INTERVAL).await;
+        let standing = source.standing.load();
+        for expiry in reminders.due(&standing.expiries, OffsetDateTime::now_utc()) {
+            remind(expiry);
+        }
+        drop(standing);
+        sleep(LOOK_INTERVAL).await;
+    }
+}
+
+fn remind(expiry: &Expiry) {
+    let Expiry {
+        object,
+        subject,
+        path,
+        ends,
+        ..
+    } = expiry;
+    let path = path.display();
+    if OffsetDateTime::now_utc() < *ends {
+        tracing::warn!(object, subject, %path, %ends, "nears its end: put its successor there");
+    } else {
+        tracing::warn!(object, subject, %path, %ends, "is past its end: put its successor there");
     }
 }
 

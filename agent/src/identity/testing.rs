@@ -11,8 +11,9 @@ use std::{
 use arc_swap::ArcSwapOption;
 use malla_common::Reason;
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType,
-    ExtendedKeyUsagePurpose, IsCa, KeyPair, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer,
+    DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair,
+    RevokedCertParams, SanType,
 };
 use rustls::{
     ClientConfig, ClientConnection, Error, ServerConfig, ServerConnection, Side,
@@ -21,11 +22,17 @@ use rustls::{
 use time::{Duration, OffsetDateTime};
 
 use super::{
+    files::parse,
     key_slot::KeySlot,
     reason::reason_of,
-    verify::{SharedTrust, TrustAnchors},
+    revocation::Revocations,
+    trust::{SharedTrust, Trust},
 };
 use crate::model::SpiffeId;
+
+mod volume;
+
+pub(super) use volume::Volume;
 
 /// The identity of service account `name` in the tests' trust domain.
 pub(super) fn identity(name: &str) -> SpiffeId {
@@ -73,19 +80,70 @@ impl TestAuthority {
     }
 
     pub(super) fn valid(name: &str, from: OffsetDateTime, to: OffsetDateTime) -> Self {
-        let mut params = CertificateParams::default();
-        params.distinguished_name.push(DnType::CommonName, name);
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        (params.not_before, params.not_after) = (from, to);
         let key = KeyPair::generate().unwrap();
+        let params = Self::params(name, from, to);
         Self {
             issuer: CertifiedIssuer::self_signed(params, key).unwrap(),
         }
     }
 
+    /// An authority that this one has signed, whose end is `to`.
+    pub(super) fn issuer(&self, name: &str, to: OffsetDateTime) -> Self {
+        self.certified(Self::params(name, to - Duration::hours(2), to))
+    }
+
+    /// The same, but for the word that it is one.
+    pub(super) fn no_authority(&self, name: &str, to: OffsetDateTime) -> Self {
+        let mut params = Self::params(name, to - Duration::hours(2), to);
+        params.is_ca = IsCa::ExplicitNoCa;
+        self.certified(params)
+    }
+
+    fn certified(&self, mut params: CertificateParams) -> Self {
+        let key = KeyPair::generate().unwrap();
+        params.use_authority_key_identifier_extension = true;
+        Self {
+            issuer: CertifiedIssuer::signed_by(params, key, &self.issuer).unwrap(),
+        }
+    }
+
+    fn params(name: &str, from: OffsetDateTime, to: OffsetDateTime) -> CertificateParams {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        (params.not_before, params.not_after) = (from, to);
+        params
+    }
+
+    pub(super) fn der(&self) -> &CertificateDer<'static> {
+        self.issuer.der()
+    }
+
+    pub(super) fn pem(&self) -> String {
+        self.issuer.pem()
+    }
+
+    pub(super) fn key_pem(&self) -> String {
+        self.issuer.key().serialize_pem()
+    }
+
+    /// A list of this authority that revokes `certificates`, as PEM.
+    pub(super) fn list(&self, certificates: &[&CertificateDer<'_>]) -> String {
+        list_of(&self.issuer, certificates)
+    }
+
     pub(super) fn trust(&self) -> SharedTrust {
-        let anchors = TrustAnchors::new(vec![self.issuer.der().clone()]).unwrap();
-        Arc::new(ArcSwapOption::from_pointee(anchors))
+        let anchors = vec![self.issuer.der().clone()];
+        let trust = Trust::new(anchors, Arc::default()).unwrap();
+        Arc::new(ArcSwapOption::from_pointee(trust))
+    }
+
+    /// The same, but for what `list` revokes.
+    pub(super) fn trust_but(&self, list: &str) -> SharedTrust {
+        let anchors = vec![self.issuer.der().clone()];
+        let revocations = Revocations::read(list.as_bytes(), &anchors).unwrap();
+        let trust = Trust::new(anchors, Arc::new(revocations)).unwrap();
+        Arc::new(ArcSwapOption::from_pointee(trust))
     }
 
     /// Writes the anchor and its key as the embedded authority keeps them.
@@ -110,7 +168,7 @@ impl TestAuthority {
         KeySlot::unchecked(chain, &key)
     }
 
-    fn issue(
+    pub(super) fn issue(
         &self,
         uris: &[&str],
         change: impl FnOnce(&mut CertificateParams),
@@ -135,7 +193,30 @@ impl TestAuthority {
     }
 }
 
-/// Two ends that have shaken hands.
+/// A list of `issuer` that revokes `certificates`, as PEM.
+pub(super) fn list_of(
+    issuer: &Issuer<'_, KeyPair>,
+    certificates: &[&CertificateDer<'_>],
+) -> String {
+    let now = OffsetDateTime::now_utc();
+    let revoked = certificates.iter().map(|certificate| RevokedCertParams {
+        serial_number: parse(certificate).raw_serial().to_vec().into(),
+        revocation_time: now,
+        reason_code: None,
+        invalidity_date: None,
+    });
+    let list = CertificateRevocationListParams {
+        this_update: now,
+        next_update: now + Duration::hours(1),
+        crl_number: 1.into(),
+        issuing_distribution_point: None,
+        revoked_certs: revoked.collect(),
+        key_identifier_method: KeyIdMethod::Sha256,
+    };
+    list.signed_by(issuer).unwrap().pem().unwrap()
+}
+
+/// Two ends that shake hands.
 #[derive(Debug)]
 pub(super) struct Session {
     pub(super) client: ClientConnection,
@@ -157,11 +238,7 @@ pub(super) fn handshake(
     client: Arc<ClientConfig>,
     server: Arc<ServerConfig>,
 ) -> Result<Session, Refusal> {
-    let name = ServerName::from(std::net::IpAddr::from([10, 0, 0, 1]));
-    let mut session = Session {
-        client: ClientConnection::new(client, name).unwrap(),
-        server: ServerConnection::new(server).unwrap(),
-    };
+    let mut session = Session::new(client, server);
     // A full handshake takes two round trips at most (hello retry).
     for _ in 0..3 {
         if let Err(error) = session.client_speaks() {
@@ -184,6 +261,15 @@ pub(super) fn handshake(
 }
 
 impl Session {
+    /// Two ends that have said nothing yet.
+    pub(super) fn new(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> Self {
+        let name = ServerName::from(std::net::IpAddr::from([10, 0, 0, 1]));
+        Self {
+            client: ClientConnection::new(client, name).unwrap(),
+            server: ServerConnection::new(server).unwrap(),
+        }
+    }
+
     /// Carries what the client has to say to the server.
     pub(super) fn client_speaks(&mut self) -> Result<(), Error> {
         let mut bytes = Vec::new();

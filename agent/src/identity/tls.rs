@@ -17,7 +17,8 @@ use rustls::{
 
 use super::{
     key_slot::KeySlot,
-    verify::{ClientsOfTrustDomain, ServerWithIdentity, SharedTrust},
+    trust::SharedTrust,
+    verify::{ClientsOfTrustDomain, ServerWithIdentity},
 };
 use crate::model::SpiffeId;
 

@@ -1,97 +1,21 @@
-//! Who may be a peer: chain, dates, purpose and SPIFFE identity of a certificate.
-//!
-//! Verifiers read the trust anchors through a shared pointer, so a change of anchors takes effect
-//! at the next handshake without a new configuration.
+//! Who may be a peer: a sound chain, and the identity that each side asks of the other.
 
-use std::{sync::Arc, time::SystemTime};
+use std::sync::Arc;
 
-use arc_swap::ArcSwapOption;
 use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, RootCertStore,
-    SignatureScheme,
-    client::{
-        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-        verify_server_cert_signed_by_trust_anchor,
-    },
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     crypto::verify_tls13_signature,
     pki_types::{CertificateDer, ServerName, UnixTime},
-    server::{
-        ParsedCertificate, WebPkiClientVerifier,
-        danger::{ClientCertVerified, ClientCertVerifier},
-    },
+    server::danger::{ClientCertVerified, ClientCertVerifier},
 };
-use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude::FromDer};
 
-use super::{key_slot::unix_time, tls::shared_provider};
+use super::{
+    peer::spiffe_ids,
+    tls::provider,
+    trust::{SharedTrust, Trust},
+};
 use crate::model::SpiffeId;
-
-/// Trust anchors, ready to check certificates of either side.
-#[derive(Debug)]
-pub(super) struct TrustAnchors {
-    pub(super) certificates: Vec<CertificateDer<'static>>,
-    roots: Arc<RootCertStore>,
-    clients: Arc<dyn ClientCertVerifier>,
-}
-
-/// The anchors in use. Empty until the authority has named some.
-pub(super) type SharedTrust = Arc<ArcSwapOption<TrustAnchors>>;
-
-impl TrustAnchors {
-    pub(super) fn new(certificates: Vec<CertificateDer<'static>>) -> Result<Self, Error> {
-        let mut roots = RootCertStore::empty();
-        for certificate in &certificates {
-            roots.add(certificate.clone())?;
-        }
-        let roots = Arc::new(roots);
-        let clients =
-            WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), shared_provider())
-                .build()
-                .map_err(|error| Error::General(error.to_string()))?;
-        Ok(Self {
-            certificates,
-            roots,
-            clients,
-        })
-    }
-
-    /// Checks a chain of our own as peers on both sides will.
-    pub(super) fn verify_own(
-        &self,
-        chain: &[CertificateDer<'_>],
-        now: SystemTime,
-    ) -> Result<(), Error> {
-        let (leaf, intermediates) = chain.split_first().ok_or(Error::NoCertificatesPresented)?;
-        let now = unix_time(now);
-        self.verify_client(leaf, intermediates, now)?;
-        self.verify_server(leaf, intermediates, now)
-    }
-
-    fn verify_client(
-        &self,
-        leaf: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        now: UnixTime,
-    ) -> Result<(), Error> {
-        self.clients
-            .verify_client_cert(leaf, intermediates, now)
-            .map(|_| ())
-    }
-
-    fn verify_server(
-        &self,
-        leaf: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        now: UnixTime,
-    ) -> Result<(), Error> {
-        verify_server_cert_signed_by_trust_anchor(
-            &ParsedCertificate::try_from(leaf)?,
-            &self.roots,
-            intermediates,
-            now,
-            shared_provider().signature_verification_algorithms.all,
-        )
-    }
-}
 
 /// Why a peer whose chain is sound is refused for its identity.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -125,49 +49,55 @@ fn listed(identities: &[SpiffeId]) -> String {
     texts.join(" and ")
 }
 
-/// Why a peer's certificates don't tell who it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum PeerIdentityError {
-    #[error("there is no certificate")]
-    NoCertificate,
-    #[error("the certificate is not valid DER")]
-    Malformed,
-    #[error("the certificate has no URI of the form of a workload's SPIFFE identity")]
-    NoSpiffeUri,
+/// The identities of `leaf`, of which at least one is of `trust_domain`.
+fn identities_of(leaf: &CertificateDer<'_>, trust_domain: &str) -> Result<Vec<SpiffeId>, Error> {
+    let presented = spiffe_ids(leaf).map_err(|_| CertificateError::BadEncoding)?;
+    if presented.iter().any(|id| id.trust_domain == trust_domain) {
+        return Ok(presented);
+    }
+    Err(IdentityRefused::ForeignTrustDomain {
+        trust_domain: trust_domain.to_owned(),
+        presented,
+    }
+    .into())
 }
 
-/// The identity of a peer whose chain the handshake has verified: the first URI of its
-/// certificate that is a workload's SPIFFE identity, as ztunnel takes it.
-pub(crate) fn peer_identity(chain: &[CertificateDer<'_>]) -> Result<SpiffeId, PeerIdentityError> {
-    let leaf = chain.first().ok_or(PeerIdentityError::NoCertificate)?;
-    spiffe_ids(leaf)?
-        .into_iter()
-        .next()
-        .ok_or(PeerIdentityError::NoSpiffeUri)
+/// Runs `check` with the trust in use. Without any, nobody is known.
+fn with_trust(
+    trust: &SharedTrust,
+    check: impl FnOnce(&Trust) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let trust = trust.load();
+    check(trust.as_ref().ok_or(CertificateError::UnknownIssuer)?)
 }
 
-/// Every SPIFFE identity of a certificate, in its order. Other names are skipped.
-fn spiffe_ids(leaf: &CertificateDer<'_>) -> Result<Vec<SpiffeId>, PeerIdentityError> {
-    let (_, parsed) = X509Certificate::from_der(leaf).map_err(|_| PeerIdentityError::Malformed)?;
-    let names = parsed
-        .subject_alternative_name()
-        .map_err(|_| PeerIdentityError::Malformed)?;
-    let Some(names) = names else {
-        return Ok(Vec::new());
+/// How the proof of the key is checked, which rustls asks of the verifier of either side.
+macro_rules! proofs_of_keys {
+    () => {
+        fn verify_tls12_signature(
+            &self,
+            _: &[u8],
+            _: &CertificateDer<'_>,
+            _: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            Err(Error::General("the mesh speaks TLS 1.3 only".to_owned()))
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            leaf: &CertificateDer<'_>,
+            signature: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            let algorithms = &provider().signature_verification_algorithms;
+            verify_tls13_signature(message, leaf, signature, algorithms)
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            let algorithms = &provider().signature_verification_algorithms;
+            algorithms.supported_schemes()
+        }
     };
-    Ok(names
-        .value
-        .general_names
-        .iter()
-        .filter_map(|name| match name {
-            GeneralName::URI(uri) => uri.parse().ok(),
-            _ => None,
-        })
-        .collect())
-}
-
-fn presented(leaf: &CertificateDer<'_>) -> Result<Vec<SpiffeId>, Error> {
-    spiffe_ids(leaf).map_err(|_| CertificateError::BadEncoding.into())
 }
 
 /// Asks of a client: a sound chain, and an identity of the server's own trust domain.
@@ -188,44 +118,14 @@ impl ClientCertVerifier for ClientsOfTrustDomain {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let trust = self.trust.load();
-        let trust = trust.as_ref().ok_or(CertificateError::UnknownIssuer)?;
-        trust.verify_client(leaf, intermediates, now)?;
-        let presented = presented(leaf)?;
-        if presented
-            .iter()
-            .any(|id| id.trust_domain == self.trust_domain)
-        {
-            return Ok(ClientCertVerified::assertion());
-        }
-        Err(IdentityRefused::ForeignTrustDomain {
-            trust_domain: self.trust_domain.clone(),
-            presented,
-        }
-        .into())
+        with_trust(&self.trust, |trust| {
+            trust.verify_client(leaf, intermediates, now)
+        })?;
+        identities_of(leaf, &self.trust_domain)?;
+        Ok(ClientCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(only_tls13())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        leaf: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        signature_of(message, leaf, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        schemes()
-    }
+    proofs_of_keys!();
 }
 
 /// Asks of a server: a sound chain, and the identity that discovery says it has.
@@ -245,71 +145,19 @@ impl ServerCertVerifier for ServerWithIdentity {
         _: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let trust = self.trust.load();
-        let trust = trust.as_ref().ok_or(CertificateError::UnknownIssuer)?;
-        trust.verify_server(leaf, intermediates, now)?;
-        let presented = presented(leaf)?;
+        with_trust(&self.trust, |trust| {
+            trust.verify_server(leaf, intermediates, now)
+        })?;
+        let presented = identities_of(leaf, &self.expected.trust_domain)?;
         if presented.contains(&self.expected) {
             return Ok(ServerCertVerified::assertion());
         }
-        let trust_domain = &self.expected.trust_domain;
-        let refused = if presented.iter().any(|id| id.trust_domain == *trust_domain) {
-            IdentityRefused::Mismatch {
-                expected: self.expected.clone(),
-                presented,
-            }
-        } else {
-            IdentityRefused::ForeignTrustDomain {
-                trust_domain: trust_domain.clone(),
-                presented,
-            }
-        };
-        Err(refused.into())
+        Err(IdentityRefused::Mismatch {
+            expected: self.expected.clone(),
+            presented,
+        }
+        .into())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(only_tls13())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        leaf: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        signature_of(message, leaf, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        schemes()
-    }
-}
-
-fn only_tls13() -> Error {
-    Error::General("the mesh speaks TLS 1.3 only".to_owned())
-}
-
-fn signature_of(
-    message: &[u8],
-    leaf: &CertificateDer<'_>,
-    signature: &DigitallySignedStruct,
-) -> Result<HandshakeSignatureValid, Error> {
-    let provider = shared_provider();
-    verify_tls13_signature(
-        message,
-        leaf,
-        signature,
-        &provider.signature_verification_algorithms,
-    )
-}
-
-fn schemes() -> Vec<SignatureScheme> {
-    shared_provider()
-        .signature_verification_algorithms
-        .supported_schemes()
+    proofs_of_keys!();
 }

@@ -63,7 +63,7 @@ fn start(worker: &Rc<Worker>, pod: &Rc<PodContext>, role: Listener, stream: TcpS
         Listener::Outbound => pod.spawn(outbound::serve(worker, context, stream)),
         Listener::Inbound => pod.spawn(inbound::serve_plaintext(worker, context, stream)),
         Listener::Mesh => pod.spawn(inbound::serve_mesh(worker, context, stream)),
-    }
+    };
 }
 
 fn label(role: Listener) -> Role {

@@ -6,13 +6,15 @@ use bytes::Bytes;
 use h2::{RecvStream, server::SendResponse};
 use http::{Request, Response, StatusCode};
 use malla_common::Reason;
-use rustls::Side as TlsSide;
+use rustls::{Side as TlsSide, pki_types::CertificateDer};
 use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
     canonical,
     coalesce::{Coalescing, Flusher, coalescing},
+    cut::{self, Cause},
     handshakes, hbone,
     record::{Ends, Record},
     relay::{self, Side},
@@ -83,7 +85,7 @@ pub(super) async fn serve_mesh(worker: Rc<Worker>, pod: Rc<PodContext>, socket: 
         Direction::Inbound,
         shaken.as_ref().map(|_| ()).map_err(|reason| *reason),
     );
-    let (identity, connection) = match shaken {
+    let (identity, chain, connection) = match shaken {
         Ok(shaken) => shaken,
         Err(reason) => return write_refusal(Direction::Inbound, peer, local, reason),
     };
@@ -93,8 +95,16 @@ pub(super) async fn serve_mesh(worker: Rc<Worker>, pod: Rc<PodContext>, socket: 
         peer,
         local,
         identity: Arc::new(identity),
+        cause: Cause::default(),
     });
-    tunnel.serve(connection).await;
+    let ended = CancellationToken::new();
+    let guard = ended.clone().drop_guard();
+    let serving = Rc::clone(&tunnel).serve(connection, guard);
+    let task = tunnel.pod.spawn(serving);
+    let InboundTunnel {
+        worker, pod, cause, ..
+    } = &*tunnel;
+    cut::when_revoked(worker, pod, (peer, chain), task, cause, ended);
 }
 
 type Tls = tokio_rustls::server::TlsStream<tunnel::Socket>;
@@ -105,12 +115,14 @@ struct Connection {
     flusher: Flusher<Tls>,
 }
 
+type Chain = Vec<CertificateDer<'static>>;
+
 async fn shake_hands(
     worker: &Rc<Worker>,
     pod: &Rc<PodContext>,
     socket: TcpStream,
     peer: SocketAddr,
-) -> Result<(SpiffeId, Connection), Reason> {
+) -> Result<(SpiffeId, Chain, Connection), Reason> {
     let _slot = worker
         .handshakes
         .begin(peer.ip())
@@ -125,6 +137,7 @@ async fn shake_hands(
             .await
             .map_err(|error| reason_of(&error, TlsSide::Server))?;
         let certificates = tls.get_ref().1.peer_certificates().unwrap_or_default();
+        let chain = certificates.to_vec();
         let identity = peer_identity(certificates).map_err(|_| Reason::ForeignTrustDomain)?;
         // An address that discovery knows belongs to one workload: nobody else speaks from it.
         if let Some(workload) = worker.mesh().workload_at(peer.ip())
@@ -146,7 +159,7 @@ async fn shake_hands(
             .after(|cx| opening.as_mut().poll(cx))
             .await
             .map_err(|_| Reason::ProtocolError)?;
-        Ok((identity, Connection { http, flusher }))
+        Ok((identity, chain, Connection { http, flusher }))
     };
     timeout(handshakes::TIMEOUT, handshake)
         .await
@@ -160,10 +173,12 @@ struct InboundTunnel {
     peer: SocketAddr,
     local: SocketAddr,
     identity: Arc<SpiffeId>,
+    cause: Cause,
 }
 
 impl InboundTunnel {
-    async fn serve(self: Rc<Self>, mut connection: Connection) {
+    /// Serves its connections until its end, which dropping `_ended` tells.
+    async fn serve(self: Rc<Self>, mut connection: Connection, _ended: DropGuard) {
         let _open = self.worker.metrics().tunnel_opened(Direction::Inbound);
         let silent = tunnel::unanswered(connection.http.ping_pong());
         let Connection { http, flusher } = &mut connection;
@@ -227,7 +242,7 @@ impl InboundTunnel {
             record.dialled();
             let mut send = respond
                 .send_response(Response::new(()), false)
-                .map_err(|_| Failure::from(Reason::TunnelLost))?;
+                .map_err(|_| Failure::from(self.cause.reason()))?;
             let idle = workload.settings.idle_timeout;
             let buffers = &self.worker.buffers;
             relay::tunnel(
@@ -240,7 +255,7 @@ impl InboundTunnel {
                 idle,
             )
             .await
-            .map_err(Failure::from)
+            .map_err(|end| self.cause.of(end))
         };
         let result = carried.await;
         record.close(result);

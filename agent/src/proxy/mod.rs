@@ -7,6 +7,7 @@ mod accept;
 mod activity;
 mod buffers;
 mod coalesce;
+mod cut;
 mod handshakes;
 mod hbone;
 mod inbound;

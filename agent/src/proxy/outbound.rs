@@ -166,7 +166,7 @@ async fn through_mesh(
     let reporter = pod.workload();
     let mut attempts = 1;
     // The lease counts the stream for as long as it lives.
-    let (_lease, mut send, mut receive) = loop {
+    let (lease, mut send, mut receive) = loop {
         let lease = pool::lease(worker, pod, mesh_address, &workload.identity).await?;
         record.proved();
         let request = hbone::connect(&reporter, source, destination);
@@ -188,7 +188,7 @@ async fn through_mesh(
         idle,
     )
     .await
-    .map_err(Failure::from)
+    .map_err(|end| lease.failed(end))
 }
 
 async fn plain(

@@ -26,7 +26,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     coalesce::coalescing,
+    cut::{self, Cause},
     handshakes, hbone,
+    relay::End,
     worker::{PodContext, Worker},
 };
 use crate::{
@@ -55,6 +57,7 @@ pub(super) struct Tunnel {
     refused_above: Cell<usize>,
     idle_since: Cell<Instant>,
     ended: CancellationToken,
+    cause: Cause,
     /// The peer takes no new streams (GOAWAY), while old ones may go on.
     closing: Cell<bool>,
 }
@@ -143,7 +146,7 @@ impl Lease {
     /// §8.7).
     fn unanswered(&self, error: &h2::Error) -> OpenError {
         if !error.is_reset() {
-            return OpenError::Again(Reason::TunnelLost);
+            return OpenError::Again(self.0.cause.reason());
         }
         if error.reason() != Some(H2Reason::REFUSED_STREAM) {
             return OpenError::Failed(Reason::PeerRefused);
@@ -155,6 +158,11 @@ impl Lease {
             self.0.closing.set(true);
         }
         OpenError::Again(Reason::PeerRefused)
+    }
+
+    /// How a connection in this place failed.
+    pub(super) fn failed(&self, end: End) -> Failure {
+        self.0.cause.of(end)
     }
 }
 
@@ -182,6 +190,8 @@ pub(super) async fn open(
             .connect(name, Socket::new(socket))
             .await
             .map_err(|error| reason_of(&error, Side::Client))?;
+        let chain = tls.get_ref().1.peer_certificates().unwrap_or_default();
+        let chain = chain.to_vec();
         let (stream, flusher) = coalescing(tls);
         let (requests, connection) = h2::client::Builder::new()
             .enable_push(false)
@@ -197,7 +207,7 @@ pub(super) async fn open(
                 Reason::TlsFailed => Reason::ProtocolError,
                 precise => precise,
             })?;
-        Ok((requests, connection, flusher))
+        Ok((requests, connection, flusher, chain))
     };
     let shaken = match timeout(handshakes::TIMEOUT, handshake).await {
         Ok(shaken) => shaken,
@@ -207,13 +217,13 @@ pub(super) async fn open(
         Direction::Outbound,
         shaken.as_ref().map(|_| ()).map_err(|reason| *reason),
     );
-    let (requests, mut connection, flusher) = shaken?;
+    let (requests, mut connection, flusher, chain) = shaken?;
 
     let ended = CancellationToken::new();
     let pings = connection.ping_pong();
     let open = worker.metrics().tunnel_opened(Direction::Outbound);
     let guard = ended.clone().drop_guard();
-    pod.spawn(async move {
+    let task = pod.spawn(async move {
         let _ended = guard;
         let _open = open;
         tokio::select! {
@@ -224,12 +234,15 @@ pub(super) async fn open(
             () = unanswered(pings) => tracing::info!(peer = %address, "a tunnel's peer is silent"),
         }
     });
+    let cause = Cause::default();
+    cut::when_revoked(worker, pod, (address, chain), task, &cause, ended.clone());
     Ok(Rc::new(Tunnel {
         requests,
         streams: Cell::new(0),
         refused_above: Cell::new(usize::MAX),
         idle_since: Cell::new(Instant::now()),
         ended,
+        cause,
         closing: Cell::new(false),
     }))
 }

@@ -18,7 +18,7 @@ use malla_common::{Flow, Reason, WorkerLoad};
 use nix::time::{ClockId, clock_gettime};
 use tokio::{
     sync::{mpsc, watch},
-    task::{JoinSet, LocalSet},
+    task::{AbortHandle, JoinSet, LocalSet},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -183,11 +183,12 @@ impl PodContext {
     }
 
     /// Runs a connection or tunnel of this pod, until its end or the pod's.
-    pub(super) fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+    pub(super) fn spawn(&self, task: impl Future<Output = ()> + 'static) -> AbortHandle {
         let mut tasks = self.tasks.borrow_mut();
-        tasks.spawn_local(task);
+        let handle = tasks.spawn_local(task);
         // Forgets those that have ended.
         while tasks.try_join_next().is_some() {}
+        handle
     }
 
     /// Why a connection of this pod that is cut ends.

@@ -7,13 +7,13 @@
 use std::{
     io,
     sync::{Arc, Mutex, PoisonError},
-    time::{Instant, SystemTime, UNIX_EPOCH},
+    time::{Instant, SystemTime},
 };
 
 use malla_common::Reason;
 use nix::errno::Errno;
 use prometheus::{
-    GaugeVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
     core::Collector,
     proto::{MetricFamily, MetricType},
 };
@@ -21,7 +21,9 @@ use prometheus::{
 use super::{
     Direction, KernelCount,
     collector::{Family, Sampled, label},
-    errno_label, kernel,
+    errno_label,
+    identity::IdentityMetrics,
+    kernel,
     logging::DroppedLines,
     process,
     transport::{self, Transports, WorkerMetrics},
@@ -74,9 +76,7 @@ pub struct Metrics {
     discovery_reloads: IntCounterVec,
     source_replaced: IntCounter,
     accept_errors: IntCounterVec,
-    certificate_refreshes: IntCounterVec,
-    /// Without labels; a vector so that it can be absent while there is no certificate.
-    certificate_expiration: GaugeVec,
+    identity: IdentityMetrics,
     pods_enrolled: IntGauge,
     enrolment_errors: IntCounterVec,
 }
@@ -146,23 +146,7 @@ impl Metrics {
                 "Errors of accept() on the agent's listeners.",
                 &["role", "errno"],
             ),
-            certificate_refreshes: counters(
-                &registry,
-                "control_identity_cert_refreshes_total",
-                "Certificates asked for: ok or error.",
-                &["result"],
-            ),
-            certificate_expiration: register(
-                &registry,
-                valid(GaugeVec::new(
-                    Opts::new(
-                        "control_identity_cert_expiration_timestamp_seconds",
-                        "When the first of the workloads' certificates expires, in seconds \
-                         since 1970.",
-                    ),
-                    &[],
-                )),
-            ),
+            identity: IdentityMetrics::new(&registry),
             pods_enrolled: register(
                 &registry,
                 valid(IntGauge::new(
@@ -238,24 +222,9 @@ impl Metrics {
         self.source_replaced.inc();
     }
 
-    /// How many certificates were issued or renewed so far, and how many attempts failed.
-    pub fn set_certificate_refreshes(&self, ok: u64, failed: u64) {
-        for (result, total) in [("ok", ok), ("error", failed)] {
-            let counter = self.certificate_refreshes.with_label_values(&[result]);
-            counter.inc_by(total.saturating_sub(counter.get()));
-        }
-    }
-
-    /// The first end of the current certificates' validity. `None`: there is no certificate.
-    pub fn set_certificate_expiration(&self, first: Option<SystemTime>) {
-        let since_epoch = first.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-        match since_epoch {
-            Some(time) => self
-                .certificate_expiration
-                .with_label_values::<&str>(&[])
-                .set(time.as_secs_f64()),
-            None => self.certificate_expiration.reset(),
-        }
+    /// The metrics of certificates.
+    pub fn identity(&self) -> &IdentityMetrics {
+        &self.identity
     }
 
     /// How many pods' traffic this agent steers now.
@@ -304,7 +273,12 @@ fn build_info() -> MetricFamily {
     BUILD.with(vec![BUILD.sample(labels, 1)])
 }
 
-fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+pub(super) fn counters(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+    labels: &[&str],
+) -> IntCounterVec {
     register(
         registry,
         valid(IntCounterVec::new(Opts::new(name, help), labels)),
@@ -312,11 +286,11 @@ fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> Int
 }
 
 /// Names, helps and labels are constants of this module, and a test makes them all.
-fn valid<T>(metric: prometheus::Result<T>) -> T {
+pub(super) fn valid<T>(metric: prometheus::Result<T>) -> T {
     metric.expect("metric names and labels are valid")
 }
 
-fn register<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> C {
+pub(super) fn register<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> C {
     attach(registry, collector.clone());
     collector
 }

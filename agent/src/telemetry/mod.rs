@@ -12,6 +12,7 @@ mod admin;
 mod collector;
 #[cfg(test)]
 mod fixtures;
+mod identity;
 mod kernel;
 mod logging;
 mod metrics;

@@ -4,15 +4,14 @@ use std::{
 };
 
 use futures_util::{FutureExt, future::BoxFuture};
-use rustls::pki_types::CertificateDer;
 use tokio::time::timeout;
 
 use super::*;
 use crate::identity::{
-    ca::{CaError, SignedChain, SigningRequest},
+    ca::{CaError, SignedChain, SigningRequest, Standing},
     embedded::EmbeddedAuthority,
-    testing::{ScratchFolder, Session, TestAuthority, handshake, identity},
-    verify::peer_identity,
+    peer::peer_identity,
+    testing::{ScratchFolder, Session, TestAuthority, handshake, identity, list_of},
 };
 
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -24,6 +23,8 @@ struct Behaviour {
     fails: AtomicBool,
     /// Certifies this identity, whatever was asked for.
     confused: AtomicBool,
+    /// Takes half a second for an answer.
+    slow: AtomicBool,
 }
 
 /// The embedded authority, with faults.
@@ -41,11 +42,16 @@ impl CertificateAuthority for Faulty {
         if self.behaviour.confused.load(Ordering::SeqCst) {
             request.identity = identity("confused");
         }
+        if self.behaviour.slow.load(Ordering::SeqCst) {
+            let signed = self.inner.sign(request);
+            let late = tokio::time::sleep(Duration::from_millis(500));
+            return late.then(|()| signed).boxed();
+        }
         self.inner.sign(request)
     }
 
-    fn trust_anchors(&self) -> BoxFuture<'_, Result<Vec<CertificateDer<'static>>, CaError>> {
-        self.inner.trust_anchors()
+    fn standing(&self) -> BoxFuture<'_, Result<Standing, CaError>> {
+        self.inner.standing()
     }
 }
 
@@ -60,7 +66,7 @@ impl Fixture {
         let scratch = ScratchFolder::new();
         let behaviour = Arc::new(Behaviour::default());
         let authority = Faulty {
-            inner: EmbeddedAuthority::new(scratch.authority()),
+            inner: EmbeddedAuthority::new(&scratch.authority()),
             behaviour: Arc::clone(&behaviour),
         };
         let certificates =
@@ -171,6 +177,25 @@ async fn a_failing_authority_leaves_the_certificate_in_use_and_recovers_alone() 
 }
 
 #[tokio::test]
+async fn an_authority_that_answers_wrongly_and_then_slowly_leaves_no_gap() {
+    let fixture = Fixture::with_identities(Duration::from_secs(10), &["web", "voting"]).await;
+    let ends = fixture.end_of("web");
+
+    fixture.behaviour.confused.store(true, Ordering::SeqCst);
+    fixture
+        .until("web", |_| fixture.certificates.refreshes().failed > 0)
+        .await;
+    fixture.session();
+    assert_eq!(fixture.end_of("web"), ends);
+
+    fixture.behaviour.slow.store(true, Ordering::SeqCst);
+    fixture.behaviour.confused.store(false, Ordering::SeqCst);
+    fixture.until("web", |_| fixture.end_of("web") > ends).await;
+    assert!(SystemTime::now() < ends, "the old one had ended");
+    fixture.session();
+}
+
+#[tokio::test]
 async fn a_certificate_of_another_identity_is_not_taken() {
     let fixture = Fixture::new(DAY);
     fixture.behaviour.confused.store(true, Ordering::SeqCst);
@@ -188,11 +213,12 @@ async fn a_replaced_authority_is_followed_without_a_restart() {
     let before = fixture.session();
     let before = before.server.peer_certificates().unwrap();
 
+    // In one step: an anchor alone, without a new issuer, would not be taken over.
     let directory = fixture.scratch.authority();
-    for name in ["issuer.crt", "issuer.key"] {
-        std::fs::remove_file(directory.join(name)).unwrap();
-    }
-    TestAuthority::new("new").place_in(&directory);
+    let next = directory.with_extension("next");
+    TestAuthority::new("new").place_in(&next);
+    std::fs::rename(&directory, directory.with_extension("old")).unwrap();
+    std::fs::rename(&next, &directory).unwrap();
     for name in ["web", "voting"] {
         fixture.until(name, |ended| ended > 1).await;
     }
@@ -200,6 +226,51 @@ async fn a_replaced_authority_is_followed_without_a_restart() {
     let after = fixture.session();
     let after = after.server.peer_certificates().unwrap();
     assert_ne!(after[1], before[1]);
+}
+
+#[tokio::test]
+async fn a_new_issuer_under_the_same_anchor_renews_every_certificate_within_seconds() {
+    let fixture = Fixture::with_identities(DAY, &["web", "voting"]).await;
+    let mut live = fixture.session();
+    let directory = fixture.scratch.authority();
+
+    // One that is missing is made with the anchor's key.
+    std::fs::remove_file(directory.join("issuer.key")).unwrap();
+    std::fs::remove_file(directory.join("issuer.crt")).unwrap();
+    for name in ["web", "voting"] {
+        fixture.until(name, |ended| ended > 1).await;
+    }
+
+    assert_eq!(
+        fixture.certificates.refreshes(),
+        Refreshes { ok: 4, failed: 0 }
+    );
+    exchange(&mut live, b"as if nothing had happened");
+    fixture.session();
+}
+
+#[tokio::test]
+async fn a_revoked_certificate_is_told_of_and_the_own_one_replaced() {
+    let fixture = Fixture::with_identities(DAY, &["web", "voting"]).await;
+    let session = fixture.session();
+    let web = session.server.peer_certificates().unwrap();
+    let voting = session.client.peer_certificates().unwrap();
+    let directory = fixture.scratch.authority();
+    let read = |name: &str| std::fs::read_to_string(directory.join(name)).unwrap();
+    let key = rcgen::KeyPair::from_pem(&read("issuer.key")).unwrap();
+    let issuer = rcgen::Issuer::from_ca_cert_pem(&read("issuer.crt"), key).unwrap();
+
+    let list = list_of(&issuer, &[&web[0]]);
+    std::fs::write(directory.join("crl.pem"), list).unwrap();
+
+    let told = timeout(DEADLINE, fixture.certificates.revoked(web));
+    told.await.unwrap();
+    fixture.until("web", |ended| ended > 1).await;
+    let next = fixture.session();
+    assert_ne!(next.server.peer_certificates().unwrap()[0], web[0]);
+    assert_eq!(next.client.peer_certificates().unwrap(), voting);
+    let others = fixture.certificates.revoked(voting);
+    assert!(others.now_or_never().is_none());
 }
 
 #[tokio::test]
@@ -226,3 +297,5 @@ async fn an_identity_of_another_trust_domain_is_not_kept() {
         NoIdentity::ForeignTrustDomain(foreign, trust_domain)
     );
 }
+
+mod load;

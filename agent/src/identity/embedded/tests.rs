@@ -21,12 +21,32 @@ fn request(lifetime: Duration) -> SigningRequest {
     }
 }
 
-fn sign_at(directory: &Path, lifetime: Duration, now: OffsetDateTime) -> SignedChain {
-    sign(directory, &request(lifetime), now).unwrap()
+/// What a fresh authority in `directory` makes of a request.
+fn try_at(
+    directory: &Path,
+    lifetime: Duration,
+    now: OffsetDateTime,
+) -> Result<SignedChain, CaError> {
+    let mut authority = Authority::new(directory);
+    authority.look(now)?;
+    authority.sign(&request(lifetime), now)
 }
 
-fn refusal(directory: &Path) -> FolderError {
-    let error = sign(directory, &request(DAY), OffsetDateTime::now_utc()).unwrap_err();
+fn sign_at(directory: &Path, lifetime: Duration, now: OffsetDateTime) -> SignedChain {
+    try_at(directory, lifetime, now).unwrap()
+}
+
+fn anchors_at(directory: &Path, now: OffsetDateTime) -> Vec<CertificateDer<'static>> {
+    Authority::new(directory).look(now).unwrap().anchors
+}
+
+fn assert_trusted(directory: &Path, chain: &[CertificateDer<'static>], now: OffsetDateTime) {
+    let trust = Trust::new(anchors_at(directory, now), Arc::default()).unwrap();
+    trust.verify_own(chain, now.into()).unwrap();
+}
+
+fn refusal(directory: &Path) -> Arc<FolderError> {
+    let error = try_at(directory, DAY, OffsetDateTime::now_utc()).unwrap_err();
     let CaError::Folder(error) = error else {
         panic!("not an error of the folder: {error}");
     };
@@ -82,9 +102,7 @@ fn a_certificate_names_the_identity_only_and_serves_both_sides() {
     let validity = leaf.validity();
     assert_eq!(validity.not_before.timestamp(), seconds(now) - 120);
     assert_eq!(validity.not_after.timestamp(), seconds(now) + 86_400);
-    let anchors = folder::anchors(&scratch.authority(), now).unwrap();
-    let trust = TrustAnchors::new(anchors).unwrap();
-    trust.verify_own(&chain, now.into()).unwrap();
+    assert_trusted(&scratch.authority(), &chain, now);
 }
 
 #[test]
@@ -119,8 +137,7 @@ fn a_placed_anchor_is_kept_and_gets_an_issuer() {
     let chain = sign_at(&directory, DAY, now).certificates;
 
     assert_eq!(std::fs::read(directory.join("ca.crt")).unwrap(), placed);
-    let trust = TrustAnchors::new(folder::anchors(&directory, now).unwrap()).unwrap();
-    trust.verify_own(&chain, now.into()).unwrap();
+    assert_trusted(&directory, &chain, now);
 }
 
 #[test]
@@ -164,7 +181,7 @@ fn an_expired_issuer_without_the_anchors_key_is_refused_by_name() {
 
     assert!(
         matches!(
-            &error,
+            &*error,
             FolderError::Expired {
                 object: "issuer",
                 ..
@@ -184,8 +201,7 @@ fn an_issuer_near_its_end_is_renewed_with_the_anchors_key() {
     let new = sign_at(&directory, DAY, now).certificates;
 
     assert!(end_of(&new[1]) > end_of(&old[1]) + time::Duration::days(299));
-    let trust = TrustAnchors::new(folder::anchors(&directory, now).unwrap()).unwrap();
-    trust.verify_own(&new, now.into()).unwrap();
+    assert_trusted(&directory, &new, now);
 }
 
 #[test]
@@ -200,7 +216,7 @@ fn a_key_of_another_certificate_is_refused_until_the_pair_is_right_again() {
     std::fs::write(&path, wrong.serialize_pem()).unwrap();
     let error = refusal(&directory);
     assert!(
-        matches!(&error, FolderError::KeyMismatch { key, .. } if *key == path),
+        matches!(&*error, FolderError::KeyMismatch { key, .. } if *key == path),
         "{error}"
     );
 
@@ -219,7 +235,7 @@ fn an_issuer_of_another_anchor_is_refused() {
 
         let error = refusal(&directory);
 
-        assert!(matches!(error, FolderError::NotChained { .. }), "{error}");
+        assert!(matches!(&*error, FolderError::NotChained { .. }), "{error}");
     }
 }
 
@@ -228,13 +244,13 @@ fn an_anchor_without_its_key_needs_an_issuer() {
     let scratch = ScratchFolder::new();
     let directory = scratch.authority();
     TestAuthority::new("kept elsewhere").place_in(&directory);
-    let key = directory.join("ca.key");
-    std::fs::remove_file(&key).unwrap();
+    std::fs::remove_file(directory.join("ca.key")).unwrap();
 
     let error = refusal(&directory);
 
+    let issuer = directory.join("issuer.crt");
     assert!(
-        matches!(&error, FolderError::MissingKey(path) if *path == key),
+        matches!(&*error, FolderError::Missing { path, .. } if *path == issuer),
         "{error}"
     );
 }
@@ -250,7 +266,7 @@ fn a_file_that_is_no_pem_is_refused_by_name() {
     let error = refusal(&directory);
 
     assert!(
-        matches!(&error, FolderError::Unreadable { path: named, .. } if *named == path),
+        matches!(&*error, FolderError::Unreadable { path: named, .. } if *named == path),
         "{error}"
     );
 }
@@ -266,7 +282,9 @@ fn an_interrupted_creation_is_completed_with_the_key_that_it_left() {
     let now = OffsetDateTime::now_utc();
     sign_at(&directory, DAY, now);
 
-    let anchors = folder::anchors(&directory, now).unwrap();
+    let anchors = anchors_at(&directory, now);
     let (_, anchor) = X509Certificate::from_der(&anchors[0]).unwrap();
     assert_eq!(anchor.public_key().raw, key.subject_public_key_info());
 }
+
+mod rotation;

@@ -4,8 +4,8 @@ use time::{Duration, OffsetDateTime};
 
 use super::*;
 use crate::identity::{
+    peer::peer_identity,
     testing::{Refusal, Session, TestAuthority, handshake, identity},
-    verify::peer_identity,
 };
 
 const WEB: &str = "spiffe://cluster.local/ns/test/sa/web";
@@ -77,6 +77,45 @@ fn a_peer_without_post_quantum_key_exchange_needs_no_further_round_trip() {
     assert_eq!(client.handshake_kind(), Some(HandshakeKind::Full));
     let group = client.negotiated_key_exchange_group().unwrap();
     assert_eq!(group.name(), NamedGroup::X25519);
+}
+
+/// The handshake message of one record as two records, cut after `first` bytes.
+fn in_two_records(record: &[u8], first: usize) -> Vec<u8> {
+    let (kind_and_version, message) = (&record[..3], &record[5..]);
+    let (head, tail) = message.split_at(first);
+    let records = [head, tail].map(|part| {
+        let length = u16::try_from(part.len()).unwrap().to_be_bytes();
+        [kind_and_version, &length, part].concat()
+    });
+    records.concat()
+}
+
+#[test]
+fn a_post_quantum_hello_is_understood_in_whatever_pieces_it_comes() {
+    let mesh = TestAuthority::new("mesh");
+    let server = server_config(
+        mesh.certify(&[VOTING]),
+        mesh.trust(),
+        "cluster.local".to_owned(),
+    );
+    let server = Arc::new(server);
+    for (piece, cut) in [(1, None), (100, None), (1, Some(700)), (4096, Some(1))] {
+        let client = client_config(mesh.certify(&[WEB]), mesh.trust(), identity("voting"));
+        let mut session = Session::new(Arc::new(client), Arc::clone(&server));
+        let mut hello = Vec::new();
+        session.client.write_tls(&mut hello).unwrap();
+        assert!(hello.len() > 1_400, "{} bytes only", hello.len());
+        if let Some(cut) = cut {
+            hello = in_two_records(&hello, cut);
+        }
+        for mut piece in hello.chunks(piece) {
+            session.server.read_tls(&mut piece).unwrap();
+            session.server.process_new_packets().unwrap();
+        }
+        session.server_speaks().unwrap();
+        session.client_speaks().unwrap();
+        assert!(!session.server.is_handshaking(), "{piece} {cut:?}");
+    }
 }
 
 #[test]
@@ -215,6 +254,20 @@ fn a_client_refuses_servers_that_are_not_who_it_expects() {
     ] {
         let result = call(&mesh, mesh.certify(&[WEB]), server);
         assert_eq!(refused(result), (Side::Client, reason, told), "{what}");
+    }
+}
+
+#[test]
+fn a_revoked_certificate_is_refused_by_either_side_and_by_name() {
+    let mesh = TestAuthority::new("mesh");
+    let (web, voting) = (mesh.certify(&[WEB]), mesh.certify(&[VOTING]));
+    for (revoked, side) in [(&web, Side::Server), (&voting, Side::Client)] {
+        let trust = mesh.trust_but(&mesh.list(&[&revoked.chain()[0]]));
+        let client = client_config(Arc::clone(&web), Arc::clone(&trust), identity("voting"));
+        let server = server_config(Arc::clone(&voting), trust, "cluster.local".to_owned());
+        let result = handshake(Arc::new(client), Arc::new(server));
+        let by_name = Reason::CertificateRevoked;
+        assert_eq!(refused(result), (side, by_name, by_name));
     }
 }
 

@@ -98,7 +98,7 @@ fn the_control_side_counts_results() {
     metrics.discovery_reload(true);
     metrics.discovery_reload(false);
     metrics.accept_error(Role::Mesh, &io::Error::from(Errno::EMFILE));
-    metrics.set_certificate_refreshes(1, 0);
+    metrics.identity().set_refreshes(1, 0);
     metrics.set_pods_enrolled(3);
     metrics.enrolment_error("netns_gone");
     for line in [
@@ -117,8 +117,10 @@ fn the_control_side_counts_results() {
 fn the_expiration_is_absent_while_there_is_no_certificate() {
     let metrics = Metrics::new();
     let name = "control_identity_cert_expiration_timestamp_seconds";
-    metrics.set_certificate_expiration(Some(UNIX_EPOCH + Duration::from_secs(1_000_000)));
+    metrics
+        .identity()
+        .set_expiration(Some(std::time::UNIX_EPOCH + Duration::from_secs(1_000_000)));
     assert!(has(&metrics, &format!("{name} 1000000")));
-    metrics.set_certificate_expiration(None);
+    metrics.identity().set_expiration(None);
     assert!(!metrics.scrape().unwrap().contains(name));
 }

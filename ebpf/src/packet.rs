@@ -232,12 +232,13 @@ impl Packet {
     }
 }
 
-/// Whether a socket of this netns, other than a listener, would receive `flow`. Finds request
-/// and TIME_WAIT sockets too.
+/// The netns of the packet, for look-ups of sockets.
+pub const THIS_NETNS: u64 = BPF_F_CURRENT_NETNS as i64 as u64;
+
+/// What a look-up of the socket that would receive `flow` asks, and its size.
 #[inline(always)]
-pub fn socket_receives(ctx: &TcContext, flow: &Flow) -> bool {
-    // SAFETY: the tuple is fully initialised for the size that is passed; a socket found is
-    // referenced, read, and released once.
+pub fn tuple(flow: &Flow) -> (bpf_sock_tuple, u32) {
+    // SAFETY: all zeros is a value of every field, and the family's own are all written.
     unsafe {
         let mut tuple: bpf_sock_tuple = core::mem::zeroed();
         let size = if flow.source.is_v4() {
@@ -255,8 +256,19 @@ pub fn socket_receives(ctx: &TcContext, flow: &Flow) -> bool {
             v6.dport = flow.destination_port.to_be();
             36
         };
-        let netns = BPF_F_CURRENT_NETNS as i64 as u64;
-        let socket = bpf_skc_lookup_tcp(ctx.skb.skb.cast(), &raw mut tuple, size, netns, 0);
+        (tuple, size)
+    }
+}
+
+/// Whether a socket of this netns, other than a listener, would receive `flow`. Finds request
+/// and TIME_WAIT sockets too.
+#[inline(always)]
+pub fn socket_receives(ctx: &TcContext, flow: &Flow) -> bool {
+    let (mut tuple, size) = tuple(flow);
+    // SAFETY: the tuple is fully initialised for the size that is passed; a socket found is
+    // referenced, read, and released once.
+    unsafe {
+        let socket = bpf_skc_lookup_tcp(ctx.skb.skb.cast(), &raw mut tuple, size, THIS_NETNS, 0);
         if socket.is_null() {
             return false;
         }

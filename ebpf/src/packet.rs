@@ -118,16 +118,19 @@ impl Packet {
     #[inline(always)]
     pub fn read(ctx: &TcContext, ip: u32) -> (Kind, Self) {
         let mut packet = Self { ip, ..Self::EMPTY };
-        // Where there is an Ethernet header, what it says is what the receiver reads; elsewhere a
-        // packet socket's sender has the word.
+        // What the receiver will read, and not what the packet's sender says of it: a packet
+        // socket's may say anything.
         let protocol = if ip == ETHERNET {
-            match ctx.load::<u16>(ETHERTYPE) {
-                Ok(protocol) => u16::from_be(protocol),
-                Err(_) => return (Kind::Unparsable, packet),
-            }
+            ctx.load::<u16>(ETHERTYPE).map(u16::from_be)
         } else {
-            // SAFETY: the context is valid for the whole run of the program.
-            u16::from_be(unsafe { (*ctx.skb.skb).protocol } as u16)
+            ctx.load::<u8>(0).map(|first| match first >> 4 {
+                4 => ETH_P_IP,
+                6 => ETH_P_IPV6,
+                _ => 0,
+            })
+        };
+        let Ok(protocol) = protocol else {
+            return (Kind::Unparsable, packet);
         };
         let kind = match protocol {
             ETH_P_IP => packet.read_v4(ctx),

@@ -4,8 +4,10 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
 
 use std::{
+    fs,
     io::Read,
     net::{IpAddr, TcpStream, UdpSocket},
+    os::unix::ffi::OsStrExt,
     time::Duration,
 };
 
@@ -385,6 +387,48 @@ fn fragments_of_an_apps_own_making_do_not_leave_the_pod() {
     // The IPv4 packet that is whole is a SYN without a socket.
     assert!(metrics.syns("outbound", "refused", "forwarded") >= 1.0);
     assert!(!wire.contains(&SECRET[4..]));
+}
+
+#[test]
+fn a_frame_that_is_sent_as_of_another_protocol_does_not_leave_the_pod() {
+    const ARP: u16 = 0x0806;
+    const IPV4: u16 = 0x0800;
+    const IPV6: u16 = 0x86dd;
+    const NOBODYS: u16 = 0x1234;
+    let scene = Scene::new("", "").unwrap();
+    // One without link headers, whose packets nobody takes.
+    let tun = "tuntap add tun7 mode tun\nlink set tun7 up\n";
+    scene.client.netns().ip(tun).unwrap();
+    let links = scene.a.bpffs().join("links/default/client");
+    eventually("the interface to be steered", LIMIT, || {
+        let mut links = fs::read_dir(&links).unwrap().flatten();
+        links.any(|link| link.file_name().as_bytes().ends_with(b"_egress_l3"))
+    })
+    .unwrap();
+    let wire = scene.client.capture().unwrap();
+    let sender = scene.client.raw_sender().unwrap();
+    let mut sent = 0.0;
+    for to in scene.server.addresses() {
+        let from = same_family(scene.client.addresses(), *to).unwrap();
+        let syn = TcpPacket {
+            payload: SECRET.to_vec(),
+            ..TcpPacket::syn((from, 1234).into(), (*to, PORT).into(), 1)
+        };
+        let packet = syn.to_bytes();
+        let ethertype = if to.is_ipv4() { IPV4 } else { IPV6 };
+        let header = [&[0xff; 6][..], &[2; 6], &ethertype.to_be_bytes()].concat();
+        let frame = [&header, &packet[..]].concat();
+        for protocol in [ARP, IPV4, IPV6, NOBODYS] {
+            // The kernel may tell the sender that it was dropped.
+            let _ = sender.send_frame("eth0", protocol, &frame);
+            let _ = sender.send_frame("tun7", protocol, &packet);
+            sent += 2.0;
+        }
+    }
+    let metrics = scene.metrics(&scene.a).unwrap();
+    let refused = metrics.syns("outbound", "refused", "forwarded");
+    assert!((refused - sent).abs() < 0.5, "{refused} of {sent}");
+    assert!(!wire.contains(SECRET));
 }
 
 #[test]

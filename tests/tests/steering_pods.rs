@@ -114,11 +114,13 @@ fn a_pod_that_leaves_the_mesh_speaks_plaintext_and_no_program_stays() {
         fate == Fate::Echoed && wire.contains(SECRET)
     })
     .unwrap();
+    // A link that nobody pins is detached.
+    let links = scene.a.bpffs().join("links/default");
+    assert!(links.join("client").exists());
     eventually("the programs and the rules to be gone", LIMIT, || {
-        let attached = leaver.run(["bpftool", "net"]).unwrap().stdout;
         let rules = leaver.run(["ip", "rule"]).unwrap().stdout;
         let rules6 = leaver.run(["ip", "-6", "rule"]).unwrap().stdout;
-        !attached.contains("egress") && !(rules + &rules6).contains("133")
+        !links.join("leaver").exists() && !(rules + &rules6).contains("133")
     })
     .unwrap();
 }

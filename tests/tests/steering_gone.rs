@@ -15,14 +15,13 @@ use std::{
 };
 
 use malla_testbed::{
-    Capture, EchoApp, Fate, Link, Node, Pod, PodSpec, TcpState, Testbed, eventually, say,
+    Capture, EchoApp, Fate, Link, Node, PORT, Pod, PodSpec, SECRET, TcpState, Testbed, eventually,
+    say,
 };
 
 const LIMIT: Duration = Duration::from_secs(10);
 /// "At once": the kernel takes microseconds, a busy machine's scheduler some of its time slices.
 const AT_ONCE: Duration = Duration::from_millis(500);
-const PORT: u16 = 8080;
-const SECRET: &[u8] = b"plaintext that must not be seen";
 
 /// A meshed client on node `a`, a meshed server with an echoing app on node `b`, and a stranger
 /// beside each of them.

@@ -10,13 +10,11 @@ use std::{
 };
 
 use malla_testbed::{
-    Capture, EchoApp, Fate, Metrics, Node, Pod, PodSpec, Testbed, eventually, say,
+    Capture, EchoApp, Fate, Metrics, Node, PORT, Pod, PodSpec, SECRET, Testbed, eventually, say,
 };
 
 const LIMIT: Duration = Duration::from_secs(10);
-const PORT: u16 = 8080;
 const SKIPPED: u16 = 9090;
-const SECRET: &[u8] = b"plaintext that is looked for";
 /// A change takes effect within 100 ms; a busy machine gets five times that.
 const LIVE: Duration = Duration::from_millis(500);
 

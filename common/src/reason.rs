@@ -38,7 +38,7 @@ reasons! {
     NoAgent = "no_agent",
     /// The agent that carried this connection is gone.
     AgentGone = "agent_gone",
-    /// The pod's address isn't known to the agent (yet).
+    /// The address isn't known as the pod's (yet), or is another pod's.
     UnknownAddress = "unknown_address",
     /// The sender isn't a socket of the pod's own netns.
     Forwarded = "forwarded",

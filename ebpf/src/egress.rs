@@ -15,16 +15,16 @@ use aya_ebpf::{
     macros::classifier,
     programs::TcContext,
 };
-use aya_log_ebpf::debug;
 use malla_common::{
     Direction, Outcome, Reason, Role, STEER_MARK, SocketState, Unit, Verdict, pod_flags, ports,
 };
 
 use crate::{
+    decision::record,
     maps::{AGENTS, OWN_DIAL, SCOPES, count, listener_lives, opt_out, pod_at},
     packet::{ETH_P_IP, ETH_P_IPV6, ETHERNET, Kind, NO_LINK_HEADER, Packet, RST, socket_receives},
     refuse::{ANSWER_MARK, Towards, answer},
-    sockets::{Socket, sender},
+    sockets::{NO_POD, Socket, pod_here, sender},
 };
 
 /// The loopback's index in every netns.
@@ -88,9 +88,15 @@ fn sent_by_agent(ctx: &TcContext) -> bool {
 #[inline(always)]
 fn open(ctx: &TcContext, packet: &Packet, socket: Option<Socket>) -> i32 {
     let flow = &packet.flow;
+    let here = pod_here(ctx);
     let Some(pod) = pod_at(&flow.source) else {
-        return refuse(ctx, packet, Unit::Syns, Reason::UnknownAddress);
+        return refuse_stranger(ctx, packet, socket);
     };
+    // The map is the node's, and the address may be another pod's: bound to with IP_FREEBIND, or
+    // sent by a container inside this pod. Where no agent listens, nobody can say.
+    if here != NO_POD && here != pod.pod {
+        return refuse_stranger(ctx, packet, socket);
+    }
     let mut state = socket.and_then(Socket::state_or_new);
     if let Some(state) = &state
         && state.sequence == packet.sequence
@@ -110,7 +116,7 @@ fn open(ctx: &TcContext, packet: &Packet, socket: Option<Socket>) -> i32 {
         }
     }
 
-    let listens = listener_lives(pod.pod, Role::Outbound);
+    let listens = here != NO_POD && listener_lives(pod.pod, Role::Outbound);
     let fails_open = pod.flags & pod_flags::FAIL_OPEN != 0;
     let nested = pod.flags & pod_flags::NESTED_ALLOW != 0;
     let (verdict, reason) = if let Some(skipped) = opt_out(
@@ -148,8 +154,7 @@ fn open(ctx: &TcContext, packet: &Packet, socket: Option<Socket>) -> i32 {
     }
     match verdict {
         Verdict::Steer => {
-            log(ctx, packet, Outcome::Steered, reason);
-            count(Direction::Outbound, Unit::Syns, Outcome::Steered, reason);
+            tell(ctx, packet, Unit::Syns, Outcome::Steered, reason);
             if flow.destination.is_v6_link_local() {
                 // SAFETY: the context is valid for the whole run of the program.
                 let interface = unsafe { (*ctx.skb.skb).ifindex };
@@ -159,8 +164,7 @@ fn open(ctx: &TcContext, packet: &Packet, socket: Option<Socket>) -> i32 {
             to_loopback(ctx, packet)
         }
         Verdict::Pass => {
-            log(ctx, packet, Outcome::Passed, reason);
-            count(Direction::Outbound, Unit::Syns, Outcome::Passed, reason);
+            tell(ctx, packet, Unit::Syns, Outcome::Passed, reason);
             TC_ACT_UNSPEC
         }
         Verdict::Refuse | Verdict::Undecided => refuse(ctx, packet, Unit::Syns, reason),
@@ -260,29 +264,30 @@ fn add_link_header(ctx: &TcContext, packet: &Packet) -> Result<(), c_long> {
 
 #[inline(always)]
 fn refuse(ctx: &TcContext, packet: &Packet, unit: Unit, reason: Reason) -> i32 {
-    log(ctx, packet, Outcome::Refused, reason);
-    count(Direction::Outbound, unit, Outcome::Refused, reason);
+    tell(ctx, packet, unit, Outcome::Refused, reason);
     answer(ctx, packet, Towards::App).unwrap_or(TC_ACT_SHOT)
+}
+
+/// Refuses a SYN whose source address isn't known as one of this pod.
+#[inline(always)]
+fn refuse_stranger(ctx: &TcContext, packet: &Packet, socket: Option<Socket>) -> i32 {
+    let (outcome, reason) = (Outcome::Refused, Reason::UnknownAddress);
+    tell(ctx, packet, Unit::Syns, outcome, reason);
+    let towards = if socket.is_some() {
+        Towards::Socket
+    } else {
+        Towards::App
+    };
+    answer(ctx, packet, towards).unwrap_or(TC_ACT_SHOT)
 }
 
 #[inline(always)]
 fn drop(ctx: &TcContext, packet: &Packet, reason: Reason) -> i32 {
-    log(ctx, packet, Outcome::Dropped, reason);
-    count(Direction::Outbound, Unit::Packets, Outcome::Dropped, reason);
+    tell(ctx, packet, Unit::Packets, Outcome::Dropped, reason);
     TC_ACT_SHOT
 }
 
 #[inline(always)]
-fn log(ctx: &TcContext, packet: &Packet, outcome: Outcome, reason: Reason) {
-    let flow = &packet.flow;
-    debug!(
-        ctx,
-        "egress {:i}:{} -> {:i}:{} outcome={} reason={}",
-        flow.source.octets(),
-        flow.source_port,
-        flow.destination.octets(),
-        flow.destination_port,
-        outcome as u8,
-        reason as u8
-    );
+fn tell(ctx: &TcContext, packet: &Packet, unit: Unit, outcome: Outcome, reason: Reason) {
+    record(ctx, packet, Direction::Outbound, unit, outcome, reason);
 }

@@ -10,11 +10,11 @@ use aya_ebpf::{
     macros::classifier,
     programs::TcContext,
 };
-use aya_log_ebpf::debug;
 use malla_common::{Direction, Outcome, Reason, Role, STEER_MARK, Unit, pod_flags, ports};
 
 use crate::{
-    maps::{OWN_DIAL, count, listener_lives, opt_out, pod_at},
+    decision::record,
+    maps::{OWN_DIAL, listener_lives, opt_out, pod_at},
     packet::{ETHERNET, Kind, NO_LINK_HEADER, Packet, socket_answers},
     refuse::{Towards, answer},
 };
@@ -130,9 +130,9 @@ fn unparsable(ctx: &TcContext, packet: &Packet) -> i32 {
     {
         return TC_ACT_UNSPEC;
     }
-    log(ctx, packet, Outcome::Dropped, Reason::Unparsable);
-    count(
-        Direction::Inbound,
+    tell(
+        ctx,
+        packet,
         Unit::Packets,
         Outcome::Dropped,
         Reason::Unparsable,
@@ -142,29 +142,17 @@ fn unparsable(ctx: &TcContext, packet: &Packet) -> i32 {
 
 #[inline(always)]
 fn pass(ctx: &TcContext, packet: &Packet, outcome: Outcome, reason: Reason) -> i32 {
-    log(ctx, packet, outcome, reason);
-    count(Direction::Inbound, Unit::Syns, outcome, reason);
+    tell(ctx, packet, Unit::Syns, outcome, reason);
     TC_ACT_UNSPEC
 }
 
 #[inline(always)]
 fn refuse(ctx: &TcContext, packet: &Packet, reason: Reason) -> i32 {
-    log(ctx, packet, Outcome::Refused, reason);
-    count(Direction::Inbound, Unit::Syns, Outcome::Refused, reason);
+    tell(ctx, packet, Unit::Syns, Outcome::Refused, reason);
     answer(ctx, packet, Towards::Wire).unwrap_or(TC_ACT_SHOT)
 }
 
 #[inline(always)]
-fn log(ctx: &TcContext, packet: &Packet, outcome: Outcome, reason: Reason) {
-    let flow = &packet.flow;
-    debug!(
-        ctx,
-        "ingress {:i}:{} -> {:i}:{} outcome={} reason={}",
-        flow.source.octets(),
-        flow.source_port,
-        flow.destination.octets(),
-        flow.destination_port,
-        outcome as u8,
-        reason as u8
-    );
+fn tell(ctx: &TcContext, packet: &Packet, unit: Unit, outcome: Outcome, reason: Reason) {
+    record(ctx, packet, Direction::Inbound, unit, outcome, reason);
 }

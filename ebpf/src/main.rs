@@ -3,6 +3,7 @@
 #![no_std]
 #![no_main]
 
+mod decision;
 mod egress;
 mod ingress;
 mod lookup;

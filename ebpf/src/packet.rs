@@ -118,16 +118,19 @@ impl Packet {
     #[inline(always)]
     pub fn read(ctx: &TcContext, ip: u32) -> (Kind, Self) {
         let mut packet = Self { ip, ..Self::EMPTY };
-        // Where there is an Ethernet header, what it says is what the receiver reads; elsewhere a
-        // packet socket's sender has the word.
+        // What the receiver will read, and not what the packet's sender says of it: a packet
+        // socket's may say anything.
         let protocol = if ip == ETHERNET {
-            match ctx.load::<u16>(ETHERTYPE) {
-                Ok(protocol) => u16::from_be(protocol),
-                Err(_) => return (Kind::Unparsable, packet),
-            }
+            ctx.load::<u16>(ETHERTYPE).map(u16::from_be)
         } else {
-            // SAFETY: the context is valid for the whole run of the program.
-            u16::from_be(unsafe { (*ctx.skb.skb).protocol } as u16)
+            ctx.load::<u8>(0).map(|first| match first >> 4 {
+                4 => ETH_P_IP,
+                6 => ETH_P_IPV6,
+                _ => 0,
+            })
+        };
+        let Ok(protocol) = protocol else {
+            return (Kind::Unparsable, packet);
         };
         let kind = match protocol {
             ETH_P_IP => packet.read_v4(ctx),
@@ -232,12 +235,13 @@ impl Packet {
     }
 }
 
-/// Whether a socket of this netns, other than a listener, would receive `flow`. Finds request
-/// and TIME_WAIT sockets too.
+/// The netns of the packet, for look-ups of sockets.
+pub const THIS_NETNS: u64 = BPF_F_CURRENT_NETNS as i64 as u64;
+
+/// What a look-up of the socket that would receive `flow` asks, and its size.
 #[inline(always)]
-pub fn socket_receives(ctx: &TcContext, flow: &Flow) -> bool {
-    // SAFETY: the tuple is fully initialised for the size that is passed; a socket found is
-    // referenced, read, and released once.
+pub fn tuple(flow: &Flow) -> (bpf_sock_tuple, u32) {
+    // SAFETY: all zeros is a value of every field, and the family's own are all written.
     unsafe {
         let mut tuple: bpf_sock_tuple = core::mem::zeroed();
         let size = if flow.source.is_v4() {
@@ -255,8 +259,19 @@ pub fn socket_receives(ctx: &TcContext, flow: &Flow) -> bool {
             v6.dport = flow.destination_port.to_be();
             36
         };
-        let netns = BPF_F_CURRENT_NETNS as i64 as u64;
-        let socket = bpf_skc_lookup_tcp(ctx.skb.skb.cast(), &raw mut tuple, size, netns, 0);
+        (tuple, size)
+    }
+}
+
+/// Whether a socket of this netns, other than a listener, would receive `flow`. Finds request
+/// and TIME_WAIT sockets too.
+#[inline(always)]
+pub fn socket_receives(ctx: &TcContext, flow: &Flow) -> bool {
+    let (mut tuple, size) = tuple(flow);
+    // SAFETY: the tuple is fully initialised for the size that is passed; a socket found is
+    // referenced, read, and released once.
+    unsafe {
+        let socket = bpf_skc_lookup_tcp(ctx.skb.skb.cast(), &raw mut tuple, size, THIS_NETNS, 0);
         if socket.is_null() {
             return false;
         }

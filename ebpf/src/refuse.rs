@@ -10,6 +10,7 @@ use aya_ebpf::{
     helpers::{bpf_redirect, generated::bpf_skb_change_tail},
     programs::TcContext,
 };
+use malla_common::STEER_MARK;
 
 use crate::packet::{ACK, ETHERNET, Packet, RST};
 
@@ -25,6 +26,8 @@ const HOP_LIMIT: u8 = 64;
 pub enum Towards {
     /// Up the stack that the packet came down.
     App,
+    /// To the socket that sent it, though its address may be none of this netns.
+    Socket,
     /// Back out on the wire.
     Wire,
 }
@@ -34,7 +37,7 @@ pub enum Towards {
 pub fn answer(ctx: &TcContext, packet: &Packet, towards: Towards) -> Result<i32, c_long> {
     // A payload on its way to the wire stays, since its sum is in the packet: only a SYN with
     // TCP Fast Open data has one, and a RST may carry it (RFC 9293 §3.5.3).
-    if towards == Towards::App {
+    if towards != Towards::Wire {
         cut(ctx, packet)?;
     }
     swap(ctx, packet)?;
@@ -64,11 +67,15 @@ pub fn answer(ctx: &TcContext, packet: &Packet, towards: Towards) -> Result<i32,
     ctx.store(packet.tcp as usize + 12, &new, 0)?;
     renew_hop_limit(ctx, packet)?;
 
-    ctx.set_mark(ANSWER_MARK);
+    // Steered packets are delivered here whatever their address is.
+    ctx.set_mark(match towards {
+        Towards::Socket => STEER_MARK,
+        Towards::App | Towards::Wire => ANSWER_MARK,
+    });
     // SAFETY: the context is valid for the whole run of the program.
     let interface = unsafe { (*ctx.skb.skb).ifindex };
     let direction = match towards {
-        Towards::App => u64::from(BPF_F_INGRESS),
+        Towards::App | Towards::Socket => u64::from(BPF_F_INGRESS),
         Towards::Wire => 0,
     };
     // SAFETY: a plain helper call on numbers.

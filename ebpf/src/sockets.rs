@@ -1,14 +1,19 @@
-//! What is remembered about an app's socket, in the socket itself.
+//! What is remembered about a socket, an app's or the agent's, in the socket itself.
 
 use aya_ebpf::{
     bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
     btf_maps::SkStorage,
     cty::c_void,
-    helpers::{bpf_sk_fullsock, generated::bpf_sk_storage_get},
+    helpers::{
+        bpf_sk_fullsock, bpf_sk_release,
+        generated::{bpf_sk_lookup_tcp, bpf_sk_storage_get},
+    },
     macros::btf_map,
     programs::TcContext,
 };
-use malla_common::SocketState;
+use malla_common::{Address, Flow, SocketState, ports};
+
+use crate::packet::{THIS_NETNS, tuple};
 
 const TCP_LISTEN: u32 = 10;
 const IPPROTO_TCP: u32 = 6;
@@ -17,6 +22,45 @@ const IPPROTO_TCP: u32 = 6;
 /// must still be known as such.
 #[btf_map]
 pub static SOCKETS: SkStorage<SocketState> = SkStorage::new();
+
+/// The pod that an agent's mesh listener belongs to, written by the agent.
+#[btf_map]
+pub static LISTENER_PODS: SkStorage<u32> = SkStorage::new();
+
+/// What would reach the mesh listener over the loopback, where `lookup` doesn't interfere.
+const TO_MESH_LISTENER: Flow = Flow {
+    source: LOCALHOST,
+    destination: LOCALHOST,
+    source_port: 0,
+    destination_port: ports::MESH,
+};
+const LOCALHOST: Address = Address::from_v4(0x7f00_0001_u32.to_be());
+
+/// Not a pod's number.
+pub const NO_POD: u32 = 0;
+
+/// The pod whose netns this is, as the agent's listener in it says: no app can forge that, and
+/// before Linux 6.15 nothing else tells one netns from another here. [`NO_POD`] where no agent
+/// listens: the compiler would pack an `Option` in a way that the verifier forbids.
+#[inline(always)]
+pub fn pod_here(ctx: &TcContext) -> u32 {
+    let (mut tuple, size) = tuple(&TO_MESH_LISTENER);
+    // SAFETY: the tuple is fully initialised for the size that is passed; a socket found is
+    // referenced, asked for its storage, which is read before the one release.
+    unsafe {
+        let socket = bpf_sk_lookup_tcp(ctx.skb.skb.cast(), &raw mut tuple, size, THIS_NETNS, 0);
+        if socket.is_null() {
+            return NO_POD;
+        }
+        let map = core::ptr::from_ref(&LISTENER_PODS)
+            .cast_mut()
+            .cast::<c_void>();
+        let pod = bpf_sk_storage_get(map, socket.cast(), core::ptr::null_mut(), 0).cast::<u32>();
+        let pod = pod.as_ref().copied().unwrap_or(NO_POD);
+        bpf_sk_release(socket.cast());
+        pod
+    }
+}
 
 /// A connection's full socket, in the netns of the packet.
 #[derive(Clone, Copy)]

@@ -8,6 +8,7 @@
     12    resets with CONNECT_ERROR after the first bytes
     13    never answers
     14    cuts the tunnel after the first bytes
+    15    says GOAWAY at the first bytes, then echoes as 7
     16    cuts the server's first tunnel in place of an answer, and echoes in later ones
     other  answers with that status and ends
 
@@ -22,12 +23,13 @@ import threading
 
 import h2.errors
 import h2.events
+from hyperframe.frame import GoAwayFrame
 
 import hbone
 
 ECHO, STALL, ANSWER_LAST, END_FIRST, RESET, SILENCE, CUT = 7, 9, 10, 11, 12, 13, 14
-CUT_FIRST = 16
-CARRIED = {ECHO, STALL, ANSWER_LAST, END_FIRST, RESET, CUT, CUT_FIRST}
+LEAVE, CUT_FIRST = 15, 16
+CARRIED = {ECHO, STALL, ANSWER_LAST, END_FIRST, RESET, CUT, LEAVE, CUT_FIRST}
 ANSWER = b"a" * (1 << 20)
 
 
@@ -44,6 +46,7 @@ class Server:
         self.strict_limit = options.streams if options.strict else None
         self.tunnel = hbone.Tunnel(tls, is_client=False, stream_limit=options.streams)
         self.ports = {}
+        self.leaves = False
 
     def serve(self):
         identity = " ".join(hbone.names(hbone.peer_certificate(self.tls)))
@@ -89,15 +92,24 @@ class Server:
 
     def data(self, number, data):
         port = self.ports[number]
-        if port in (ECHO, CUT_FIRST):
+        if port == LEAVE and not self.leaves:
+            self.leave()
+        if port in (ECHO, LEAVE, CUT_FIRST):
             self.tunnel.send(number, data)
         elif port == RESET:
             self.tunnel.reset(number, h2.errors.ErrorCodes.CONNECT_ERROR)
         elif port == CUT:
             raise Cut
 
+    def leave(self):
+        # By hand: `h2` would close the connection with it, and the streams that there are go on.
+        self.leaves = True
+        goaway = GoAwayFrame(0, last_stream_id=max(self.ports))
+        self.tls.sendall(goaway.serialize())
+        say("leaving")
+
     def client_ended(self, number):
-        if self.ports[number] in (ECHO, CUT_FIRST, ANSWER_LAST):
+        if self.ports[number] in (ECHO, ANSWER_LAST, LEAVE, CUT_FIRST):
             answer = ANSWER if self.ports[number] == ANSWER_LAST else b""
             self.tunnel.send(number, answer, end=True)
         self.tell_end(number)

@@ -1,7 +1,6 @@
 //! A node: a network namespace with bridges for its pods, a cgroup and a bpffs folder.
 
 use std::{
-    ffi::OsStr,
     fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
@@ -15,7 +14,7 @@ use crate::{
     http::{self, Response},
     leftovers::Claim,
     netns::Netns,
-    process::{Command, Output, Place, Process},
+    process::{Place, works_inside},
 };
 
 /// The port of an agent's metrics and probes.
@@ -63,6 +62,8 @@ pub(crate) fn addresses(index: u8) -> (Ipv4Addr, Ipv6Addr) {
     let v6 = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, index.into());
     (Ipv4Addr::new(10, 77, 0, index), v6)
 }
+
+works_inside!(Node);
 
 impl Node {
     pub(crate) fn create(claim: &Claim, name: &str, index: u8) -> Result<Self> {
@@ -124,10 +125,6 @@ impl Node {
         &self.name
     }
 
-    pub fn netns(&self) -> &Netns {
-        &self.netns
-    }
-
     pub fn cgroup(&self) -> &Path {
         &self.cgroup
     }
@@ -145,26 +142,6 @@ impl Node {
     /// The name of this node's interface to `peer`: the wire between the two.
     pub fn wire_to(&self, peer: &Self) -> String {
         format!("to-{}", peer.name)
-    }
-
-    /// Runs `work` on a thread in the node's network namespace.
-    pub fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        self.netns.enter(work)
-    }
-
-    pub fn command<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Command {
-        Command::new(self.place.clone(), arguments)
-    }
-
-    pub fn run<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<Output> {
-        self.command(arguments).run()
-    }
-
-    pub fn spawn<S: AsRef<OsStr>>(
-        &self,
-        arguments: impl IntoIterator<Item = S>,
-    ) -> Result<Process> {
-        self.command(arguments).spawn()
     }
 
     /// Asks the agent's admin server for `path`.

@@ -1,7 +1,6 @@
 //! A pod: a network namespace on its node's bridge, with a cgroup below the node's.
 
 use std::{
-    ffi::OsStr,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
     path::{Path, PathBuf},
@@ -17,7 +16,7 @@ use crate::{
     cgroup,
     netns::Netns,
     node::{Network, Node},
-    process::{Command, Output, Place, Process},
+    process::{Place, works_inside},
     raw::RawSender,
     sockets::{self, TcpSocket, TcpState},
     spec::{Families, PodSpec},
@@ -38,6 +37,8 @@ pub struct Pod {
     place: Place,
     cgroup: PathBuf,
 }
+
+works_inside!(Pod);
 
 impl Pod {
     /// `host` is the pod's number, unique on its node and at least 2.
@@ -84,10 +85,6 @@ impl Pod {
         &self.node
     }
 
-    pub fn netns(&self) -> &Netns {
-        &self.netns
-    }
-
     pub fn cgroup(&self) -> &Path {
         &self.cgroup
     }
@@ -128,29 +125,6 @@ impl Pod {
             IpAddr::V4(_) => None,
         });
         found.unwrap_or_else(|| panic!("pod {} has no IPv6 address", self.name()))
-    }
-
-    /// Runs `work` on a thread in the pod's network namespace: sockets that it makes are the
-    /// pod's. The thread stays in the cgroup of this process, unlike a command.
-    pub fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        self.netns.enter(work)
-    }
-
-    pub fn command<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Command {
-        Command::new(self.place.clone(), arguments)
-    }
-
-    /// Runs a command in the pod to its end (at most 30 s), which must be a success.
-    pub fn run<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<Output> {
-        self.command(arguments).run()
-    }
-
-    /// Starts a command in the pod, which ends when the returned handle is dropped.
-    pub fn spawn<S: AsRef<OsStr>>(
-        &self,
-        arguments: impl IntoIterator<Item = S>,
-    ) -> Result<Process> {
-        self.command(arguments).spawn()
     }
 
     /// Opens a connection from the pod. Connecting, reads and writes time out after 20 s.

@@ -39,6 +39,47 @@ pub(crate) struct Place {
     pub(crate) cgroup: PathBuf,
 }
 
+/// Gives a type with a `netns` and a `place` what nodes and pods have in common: working inside.
+macro_rules! works_inside {
+    ($type:ty) => {
+        impl $type {
+            pub fn netns(&self) -> &$crate::netns::Netns {
+                &self.netns
+            }
+
+            /// Runs `work` on a thread in its network namespace: sockets that it makes stay there.
+            /// The thread stays in the cgroup of this process, unlike a command.
+            pub fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+                self.netns.enter(work)
+            }
+
+            pub fn command<S: AsRef<std::ffi::OsStr>>(
+                &self,
+                arguments: impl IntoIterator<Item = S>,
+            ) -> $crate::process::Command {
+                $crate::process::Command::new(self.place.clone(), arguments)
+            }
+
+            /// Runs a command to its end (at most 30 s), which must be a success.
+            pub fn run<S: AsRef<std::ffi::OsStr>>(
+                &self,
+                arguments: impl IntoIterator<Item = S>,
+            ) -> anyhow::Result<$crate::process::Output> {
+                self.command(arguments).run()
+            }
+
+            /// Starts a command, which ends when the returned handle is dropped.
+            pub fn spawn<S: AsRef<std::ffi::OsStr>>(
+                &self,
+                arguments: impl IntoIterator<Item = S>,
+            ) -> anyhow::Result<$crate::process::Process> {
+                self.command(arguments).spawn()
+            }
+        }
+    };
+}
+pub(crate) use works_inside;
+
 /// A command to be run on a node or in a pod.
 #[derive(Debug)]
 pub struct Command {

@@ -18,6 +18,7 @@ pub struct RawSender<'a> {
     v4: Socket,
     v6: Socket,
     link: Socket,
+    frames: Socket,
 }
 
 impl<'a> RawSender<'a> {
@@ -29,6 +30,7 @@ impl<'a> RawSender<'a> {
                 v4: Socket::new(Domain::IPV4, Type::RAW, raw)?,
                 v6: Socket::new(Domain::IPV6, Type::RAW, raw)?,
                 link: Socket::new(Domain::PACKET, Type::DGRAM, None)?,
+                frames: Socket::new(Domain::PACKET, Type::RAW, None)?,
             })
         })
     }
@@ -62,19 +64,31 @@ impl<'a> RawSender<'a> {
         let mut to = self.netns.enter(|| link_address(interface, protocol))?;
         to.sll_halen = 6;
         to.sll_addr[..6].copy_from_slice(&neighbour);
-        // SAFETY: the packet and the address are valid for reads of the lengths given.
-        let sent = unsafe {
-            libc::sendto(
-                self.link.as_raw_fd(),
-                packet.as_ptr().cast(),
-                packet.len(),
-                0,
-                (&raw const to).cast(),
-                libc::socklen_t::try_from(size_of_val(&to))?,
-            )
-        };
-        let sent = Errno::result(sent).with_context(|| format!("sending on {interface}"))?;
-        ensure!(usize::try_from(sent)? == packet.len(), "a packet was cut");
-        Ok(())
+        send_past_routes(&self.link, &to, packet)
     }
+
+    /// Sends a frame with the link's own header, if it has one, and says of it that it is of
+    /// `protocol`, whatever its header says.
+    pub fn send_frame(&self, interface: &str, protocol: u16, frame: &[u8]) -> Result<()> {
+        let address = || link_address(interface, protocol.into());
+        let to = self.netns.enter(address)?;
+        send_past_routes(&self.frames, &to, frame)
+    }
+}
+
+fn send_past_routes(socket: &Socket, to: &libc::sockaddr_ll, bytes: &[u8]) -> Result<()> {
+    // SAFETY: the bytes and the address are valid for reads of the lengths given.
+    let sent = unsafe {
+        libc::sendto(
+            socket.as_raw_fd(),
+            bytes.as_ptr().cast(),
+            bytes.len(),
+            0,
+            core::ptr::from_ref(to).cast(),
+            libc::socklen_t::try_from(size_of_val(to))?,
+        )
+    };
+    let sent = Errno::result(sent).context("sending past the routes")?;
+    ensure!(usize::try_from(sent)? == bytes.len(), "a packet was cut");
+    Ok(())
 }

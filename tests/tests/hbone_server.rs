@@ -27,6 +27,7 @@ const END_FIRST: u16 = 11;
 const RESET: u16 = 12;
 const SILENCE: u16 = 13;
 const CUT: u16 = 14;
+const LEAVE: u16 = 15;
 const CUT_FIRST: u16 = 16;
 
 /// A pod under an agent, and one whose mesh port is served by something else.
@@ -157,6 +158,31 @@ fn a_tunnel_that_is_cut_resets_its_apps_and_the_next_one_is_new() {
     assert!(is_reset(Ok(other)));
     world.agent_logs("error=\"tunnel_lost\"");
     assert_eq!(ask(&world.connect(ECHO), b"on"), b"on");
+}
+
+#[test]
+fn a_peer_that_goes_away_keeps_its_streams_and_gets_no_new_ones() {
+    let world = World::new("peer-out-goaway", &[]);
+    let echoed = |mut stream: &TcpStream| {
+        stream.write_all(b"hello").unwrap();
+        let mut answer = [0; 5];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"hello");
+    };
+    let tunnels = || world.server.log().matches("tunnel ").count();
+    let old = [ECHO, LEAVE].map(|port| world.connect(port));
+    old.iter().for_each(echoed);
+    world.server_says("leaving\n");
+    assert_eq!(tunnels(), 1);
+    let new = [ECHO, ECHO].map(|port| world.connect(port));
+    new.iter().for_each(echoed);
+    assert_eq!(tunnels(), 2);
+    old.iter().for_each(echoed);
+    for stream in old.iter().chain(&new) {
+        assert_eq!(ask(stream, &vec![b'x'; BULK]), vec![b'x'; BULK]);
+    }
+    world.server_says("ended 15 end 1048586\n");
+    assert!(!world.bed.agent(&world.node).log().contains("error="));
 }
 
 #[test]

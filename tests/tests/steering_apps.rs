@@ -9,11 +9,9 @@ use std::{
     time::Duration,
 };
 
-use malla_testbed::{Caller, Fate, Pod, PodSpec, Testbed, say};
+use malla_testbed::{Caller, Fate, PORT, Pod, PodSpec, SECRET, Testbed, say};
 use socket2::{Protocol, Socket};
 
-const PORT: u16 = 8080;
-const SECRET: &[u8] = b"plaintext that must not be seen";
 const PATIENCE: Duration = Duration::from_secs(3);
 const AT_ONCE: Duration = Duration::from_millis(500);
 

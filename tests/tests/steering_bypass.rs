@@ -4,56 +4,21 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
 
 use std::{
+    fs,
     io::Read,
     net::{IpAddr, TcpStream, UdpSocket},
-    sync::Arc,
+    os::unix::ffi::OsStrExt,
     time::Duration,
 };
 
 use malla_testbed::{
-    Capture, EchoApp, Fate, Metrics, Node, Pod, PodSpec, RawSender, TcpState, Testbed, eventually,
+    Capture, Fate, PORT, PodSpec, RawSender, SECRET, Scene, TcpState, eventually,
     packet::{self, TcpPacket},
-    say, until,
+    same_family, say, until,
 };
+use socket2::{Domain, Socket};
 
 const LIMIT: Duration = Duration::from_secs(10);
-const PORT: u16 = 8080;
-const SECRET: &[u8] = b"plaintext that must not be seen";
-
-/// A meshed client on node `a` and a meshed server with an echoing app on node `b`.
-struct Scene {
-    bed: Testbed,
-    a: Arc<Node>,
-    b: Arc<Node>,
-    client: Arc<Pod>,
-    server: Arc<Pod>,
-    app: EchoApp,
-}
-
-impl Scene {
-    fn new(client_settings: &str, server_settings: &str) -> Self {
-        let mut bed = Testbed::new("bypass").unwrap();
-        let (a, b) = (bed.node("a").unwrap(), bed.node("b").unwrap());
-        let client = PodSpec::new("client").settings(client_settings);
-        let client = bed.pod(&a, client).unwrap();
-        let server = PodSpec::new("server").port(PORT).settings(server_settings);
-        let server = bed.pod(&b, server).unwrap();
-        let app = server.echo(PORT).unwrap();
-        bed.start_agents().unwrap();
-        Self {
-            bed,
-            a,
-            b,
-            client,
-            server,
-            app,
-        }
-    }
-
-    fn metrics(&self, node: &Node) -> Metrics {
-        self.bed.agent(node).metrics().unwrap()
-    }
-}
 
 /// A host on a node's side of the wire that makes its packets by itself, so that no kernel answers
 /// in its name.
@@ -132,7 +97,7 @@ fn strange_syn(to: IpAddr, port: u16) -> TcpPacket {
 
 #[test]
 fn a_syn_in_fragments_does_not_reach_a_strict_pods_app() {
-    let scene = Scene::new("", "mtls: strict");
+    let scene = Scene::new("", "mtls: strict").unwrap();
     let stranger = Stranger::new(&scene, &strangers());
     for to in scene.server.addresses() {
         // In IPv4 the first fragment may end before the flags.
@@ -150,7 +115,7 @@ fn a_syn_in_fragments_does_not_reach_a_strict_pods_app() {
 
 #[test]
 fn a_syn_in_fragments_reaches_a_permissive_pods_app_by_its_agent() {
-    let scene = Scene::new("", "");
+    let scene = Scene::new("", "").unwrap();
     let stranger = Stranger::new(&scene, &strangers());
     for to in scene.server.addresses() {
         let mut syn = strange_syn(*to, 40_001);
@@ -176,7 +141,7 @@ fn a_syn_in_fragments_reaches_a_permissive_pods_app_by_its_agent() {
 
 #[test]
 fn fragments_are_dropped_while_no_agent_lives() {
-    let mut scene = Scene::new("", "failMode: open\nmtls: strict");
+    let mut scene = Scene::new("", "failMode: open\nmtls: strict").unwrap();
     scene.bed.agent(&scene.b).kill9();
     let stranger = Stranger::new(&scene, &strangers());
     for to in scene.server.addresses() {
@@ -198,7 +163,7 @@ fn fragments_are_dropped_while_no_agent_lives() {
     assert_eq!(scene.app.accepted(), 0);
     drop(stranger);
     scene.bed.start_agent(&scene.b.clone()).unwrap();
-    let dropped = scene.metrics(&scene.b);
+    let dropped = scene.metrics(&scene.b).unwrap();
     let dropped = dropped.steering_packets("inbound", "dropped", "unparsable");
     assert!(dropped >= 4.0, "{dropped}");
 }
@@ -207,7 +172,7 @@ fn fragments_are_dropped_while_no_agent_lives() {
 fn a_syn_with_unusual_flags_does_not_reach_a_strict_pods_app() {
     const URG: u8 = 0x20;
     const ECE_CWR: u8 = 0xc0;
-    let scene = Scene::new("", "mtls: strict");
+    let scene = Scene::new("", "mtls: strict").unwrap();
     let stranger = Stranger::new(&scene, &strangers());
     let odd = [packet::PSH, URG, ECE_CWR, packet::PSH | URG | ECE_CWR];
     for to in scene.server.addresses() {
@@ -223,7 +188,7 @@ fn a_syn_with_unusual_flags_does_not_reach_a_strict_pods_app() {
 
 #[test]
 fn a_syn_behind_an_extension_header_does_not_reach_a_strict_pods_app() {
-    let scene = Scene::new("", "mtls: strict");
+    let scene = Scene::new("", "mtls: strict").unwrap();
     let stranger = Stranger::new(&scene, &strangers());
     let to = scene.server.v6().into();
     let syn = strange_syn(to, 40_001);
@@ -274,14 +239,14 @@ fn connected(scene: &Scene) -> Vec<TcpStream> {
 
 #[test]
 fn a_tuple_that_the_agent_uses_towards_the_app_is_refused_to_a_stranger() {
-    let scene = Scene::new("", "mtls: strict");
+    let scene = Scene::new("", "mtls: strict").unwrap();
     let streams = connected(&scene);
     let stranger = Stranger::new(&scene, scene.client.addresses());
     for syn in spoofed_syns(&scene, 1) {
         let answer = stranger.talk(&syn, &[syn.to_bytes()]);
         assert_eq!(answer.flags & packet::RST, packet::RST);
     }
-    let clashes = scene.metrics(&scene.b);
+    let clashes = scene.metrics(&scene.b).unwrap();
     assert!(clashes.syns("inbound", "refused", "port_clash") >= 2.0);
     assert_eq!(scene.app.accepted(), 2);
     drop(streams);
@@ -290,7 +255,7 @@ fn a_tuple_that_the_agent_uses_towards_the_app_is_refused_to_a_stranger() {
 #[test]
 fn a_tuple_that_the_agent_used_towards_the_app_opens_nothing_to_a_stranger() {
     for app_ends_first in [false, true] {
-        let scene = Scene::new("", "mtls: strict");
+        let scene = Scene::new("", "mtls: strict").unwrap();
         let mut streams = connected(&scene);
         if app_ends_first {
             scene.app.half_close();
@@ -323,7 +288,7 @@ fn no_mark_takes_an_app_past_its_agent() {
     // The steering mark and that of the programs' own answers (common/src/lib.rs, ebpf/src).
     const STEER_MARK: u32 = 0x2031;
     const ANSWER_MARK: u32 = 0x2032;
-    let scene = Scene::new("", "");
+    let scene = Scene::new("", "").unwrap();
     let captures = [
         scene.client.capture().unwrap(),
         scene.bed.capture_wire(&scene.a, &scene.b).unwrap(),
@@ -346,14 +311,51 @@ fn no_mark_takes_an_app_past_its_agent() {
         assert!(!capture.contains(SECRET));
         assert_eq!(capture.missed().unwrap(), 0);
     }
-    let metrics = scene.metrics(&scene.a);
+    let metrics = scene.metrics(&scene.a).unwrap();
     assert!(metrics.syns("outbound", "steered", "meshed") >= 68.0);
     assert!(metrics.syns("outbound", "passed", "").abs() < 0.5);
 }
 
 #[test]
+fn an_app_that_takes_another_pods_address_is_refused() {
+    // The neighbour's own connections to the port would pass.
+    let mut scene = Scene::new("", "").unwrap();
+    let neighbour = PodSpec::new("neighbour").settings("skipOutboundPorts: [8080]");
+    let neighbour = scene.bed.pod(&scene.a.clone(), neighbour).unwrap();
+    let own = neighbour.caller();
+    let interface = scene.client.capture().unwrap();
+    for to in scene.server.addresses() {
+        // Once it passes, its agent knows it.
+        eventually("the neighbour to pass", LIMIT, || {
+            own.call((*to, PORT)) == Fate::Echoed && passed(&scene) > 0.0
+        })
+        .unwrap();
+        let taken = same_family(neighbour.addresses(), *to).unwrap();
+        let transparent = |socket: &Socket| match socket.domain()? {
+            Domain::IPV4 => socket.set_ip_transparent_v4(true),
+            _ => socket.set_freebind_v6(true),
+        };
+        let liar = scene.client.caller().preparing(transparent);
+        let (fate, time) = liar.from((taken, 0).into()).timed_call((*to, PORT));
+        assert_eq!(fate, Fate::Refused, "{taken}");
+        assert!(time < Duration::from_millis(500), "{time:?}");
+    }
+    let refused = scene.metrics(&scene.a).unwrap();
+    let refused = refused.syns("outbound", "refused", "unknown_address");
+    assert!((refused - 2.0).abs() < 0.5, "{refused}");
+    let left = interface.tcp().into_iter();
+    let left: Vec<_> = left.filter(|p| p.to.port() == PORT).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+fn passed(scene: &Scene) -> f64 {
+    let metrics = scene.metrics(&scene.a).unwrap();
+    metrics.syns("outbound", "passed", "port_skipped")
+}
+
+#[test]
 fn fragments_of_an_apps_own_making_do_not_leave_the_pod() {
-    let scene = Scene::new("", "");
+    let scene = Scene::new("", "").unwrap();
     let wire = scene.client.capture().unwrap();
     let sender = scene.client.raw_sender().unwrap();
     for to in scene.server.addresses() {
@@ -379,7 +381,7 @@ fn fragments_of_an_apps_own_making_do_not_leave_the_pod() {
         });
         let _ = sender.send(&deep);
     }
-    let metrics = scene.metrics(&scene.a);
+    let metrics = scene.metrics(&scene.a).unwrap();
     let dropped = metrics.steering_packets("outbound", "dropped", "unparsable");
     assert!(dropped >= 5.0, "{dropped}");
     // The IPv4 packet that is whole is a SYN without a socket.
@@ -388,8 +390,50 @@ fn fragments_of_an_apps_own_making_do_not_leave_the_pod() {
 }
 
 #[test]
+fn a_frame_that_is_sent_as_of_another_protocol_does_not_leave_the_pod() {
+    const ARP: u16 = 0x0806;
+    const IPV4: u16 = 0x0800;
+    const IPV6: u16 = 0x86dd;
+    const NOBODYS: u16 = 0x1234;
+    let scene = Scene::new("", "").unwrap();
+    // One without link headers, whose packets nobody takes.
+    let tun = "tuntap add tun7 mode tun\nlink set tun7 up\n";
+    scene.client.netns().ip(tun).unwrap();
+    let links = scene.a.bpffs().join("links/default/client");
+    eventually("the interface to be steered", LIMIT, || {
+        let mut links = fs::read_dir(&links).unwrap().flatten();
+        links.any(|link| link.file_name().as_bytes().ends_with(b"_egress_l3"))
+    })
+    .unwrap();
+    let wire = scene.client.capture().unwrap();
+    let sender = scene.client.raw_sender().unwrap();
+    let mut sent = 0.0;
+    for to in scene.server.addresses() {
+        let from = same_family(scene.client.addresses(), *to).unwrap();
+        let syn = TcpPacket {
+            payload: SECRET.to_vec(),
+            ..TcpPacket::syn((from, 1234).into(), (*to, PORT).into(), 1)
+        };
+        let packet = syn.to_bytes();
+        let ethertype = if to.is_ipv4() { IPV4 } else { IPV6 };
+        let header = [&[0xff; 6][..], &[2; 6], &ethertype.to_be_bytes()].concat();
+        let frame = [&header, &packet[..]].concat();
+        for protocol in [ARP, IPV4, IPV6, NOBODYS] {
+            // The kernel may tell the sender that it was dropped.
+            let _ = sender.send_frame("eth0", protocol, &frame);
+            let _ = sender.send_frame("tun7", protocol, &packet);
+            sent += 2.0;
+        }
+    }
+    let metrics = scene.metrics(&scene.a).unwrap();
+    let refused = metrics.syns("outbound", "refused", "forwarded");
+    assert!((refused - sent).abs() < 0.5, "{refused} of {sent}");
+    assert!(!wire.contains(SECRET));
+}
+
+#[test]
 fn udp_and_icmp_pass() {
-    let scene = Scene::new("", "mtls: strict");
+    let scene = Scene::new("", "mtls: strict").unwrap();
     for to in scene.server.addresses() {
         let socket = scene.server.enter(|| UdpSocket::bind("[::]:5353").unwrap());
         let client = scene.client.enter(|| {

@@ -4,20 +4,24 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
 
 use std::{
+    io::{Read, Write},
     net::{IpAddr, SocketAddr},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
     time::Duration,
 };
 
 use malla_testbed::{
-    Capture, EchoApp, Fate, Link, Node, Pod, PodSpec, TcpState, Testbed, eventually, say,
+    Capture, EchoApp, Fate, Link, Node, PORT, Pod, PodSpec, SECRET, TcpState, Testbed, eventually,
+    say,
 };
 
 const LIMIT: Duration = Duration::from_secs(10);
 /// "At once": the kernel takes microseconds, a busy machine's scheduler some of its time slices.
 const AT_ONCE: Duration = Duration::from_millis(500);
-const PORT: u16 = 8080;
-const SECRET: &[u8] = b"plaintext that must not be seen";
 
 /// A meshed client on node `a`, a meshed server with an echoing app on node `b`, and a stranger
 /// beside each of them.
@@ -209,6 +213,43 @@ fn a_server_that_writes_after_its_agents_death_is_reset_and_unheard() {
 }
 
 #[test]
+fn apps_that_write_while_an_agent_dies_are_reset_and_unheard() {
+    for clients in [true, false] {
+        let scene = Scene::new(Link::Veth, "");
+        let watch = scene.watch();
+        let servers = [scene.server.capture().unwrap()];
+        let streams = addresses(&scene.server).into_iter();
+        let streams = streams.map(|to| scene.client.caller().connect(to).unwrap());
+        let streams: Vec<_> = streams.collect();
+        let echoed = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for stream in &streams {
+                // The client writes without end, and the server what it has read.
+                scope.spawn(move || {
+                    let (mut stream, bytes) = (stream, SECRET.repeat(100));
+                    while stream.write_all(&bytes).is_ok() {}
+                });
+                let echoed = &echoed;
+                scope.spawn(move || {
+                    let (mut stream, mut buffer) = (stream, vec![0; 64 << 10]);
+                    while let Ok(length @ 1..) = stream.read(&mut buffer) {
+                        echoed.fetch_add(length, Ordering::Relaxed);
+                    }
+                });
+            }
+            eventually("bytes to flow", LIMIT, || {
+                echoed.load(Ordering::Relaxed) > 1 << 20
+            })
+            .unwrap();
+            let node = if clients { &scene.a } else { &scene.b };
+            scene.bed.agent(node).kill9();
+        });
+        assert_unseen(&watch);
+        assert_unseen(&servers);
+    }
+}
+
+#[test]
 fn an_app_that_writes_after_the_agents_half_closed_socket_is_gone_is_reset_and_unheard() {
     let scene = Scene::new(Link::Veth, "");
     scene
@@ -227,7 +268,7 @@ fn an_app_that_writes_after_the_agents_half_closed_socket_is_gone_is_reset_and_u
     // The agent's sockets towards the client are in FIN_WAIT2 from here on.
     scene.app.half_close();
     for stream in &mut streams {
-        assert_eq!(std::io::Read::read(stream, &mut [0; 1]).unwrap(), 0);
+        assert_eq!(stream.read(&mut [0; 1]).unwrap(), 0);
     }
     scene.bed.agent(&scene.a).kill9();
     let from: Vec<IpAddr> = scene.client.addresses().to_vec();

@@ -3,52 +3,15 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use malla_testbed::{
-    Caller, Capture, EchoApp, Fate, Metrics, Netns, Node, Pod, PodSpec, Testbed,
+    Caller, Capture, Fate, Netns, PORT, Pod, PodSpec, RawSender, SECRET, Scene, eventually,
     packet::{self, TcpPacket},
     same_family,
 };
 
 const LIMIT: Duration = Duration::from_secs(10);
-const PORT: u16 = 8080;
-const SECRET: &[u8] = b"plaintext that must not be seen";
-
-/// A meshed client on node `a`, and a meshed server with an echoing app on node `b`.
-struct Scene {
-    bed: Testbed,
-    a: Arc<Node>,
-    b: Arc<Node>,
-    client: Arc<Pod>,
-    server: Arc<Pod>,
-    app: EchoApp,
-}
-
-impl Scene {
-    fn new(client_settings: &str, server_settings: &str) -> Self {
-        let mut bed = Testbed::new("nested").unwrap();
-        let (a, b) = (bed.node("a").unwrap(), bed.node("b").unwrap());
-        let client = PodSpec::new("client").settings(client_settings);
-        let client = bed.pod(&a, client).unwrap();
-        let server = PodSpec::new("server").port(PORT).settings(server_settings);
-        let server = bed.pod(&b, server).unwrap();
-        let app = server.echo(PORT).unwrap();
-        bed.start_agents().unwrap();
-        Self {
-            bed,
-            a,
-            b,
-            client,
-            server,
-            app,
-        }
-    }
-
-    fn metrics(&self, node: &Node) -> Metrics {
-        self.bed.agent(node).metrics().unwrap()
-    }
-}
 
 /// SYNs from the client's own addresses that no socket of the client's kernel has sent.
 fn send_unowned_syns(scene: &Scene) {
@@ -62,10 +25,10 @@ fn send_unowned_syns(scene: &Scene) {
 
 #[test]
 fn a_syn_without_a_socket_is_refused_by_default() {
-    let scene = Scene::new("", "");
+    let scene = Scene::new("", "").unwrap();
     let interface = scene.client.capture().unwrap();
     send_unowned_syns(&scene);
-    let refused = scene.metrics(&scene.a);
+    let refused = scene.metrics(&scene.a).unwrap();
     let refused = refused.syns("outbound", "refused", "forwarded");
     assert!(refused >= 2.0, "{refused}");
     let packets = interface.tcp();
@@ -77,7 +40,7 @@ fn a_syn_without_a_socket_is_refused_by_default() {
 
 #[test]
 fn a_syn_without_a_socket_is_steered_where_nested_ones_are_allowed() {
-    let scene = Scene::new("nested: allow", "");
+    let scene = Scene::new("nested: allow", "").unwrap();
     let loopback = Capture::start(scene.client.netns(), "lo").unwrap();
     send_unowned_syns(&scene);
     let answers = |packets: &[TcpPacket]| {
@@ -91,11 +54,11 @@ fn a_syn_without_a_socket_is_steered_where_nested_ones_are_allowed() {
     loopback
         .wait_for(what, LIMIT, |packets| answers(packets) >= 2)
         .unwrap();
-    let steered = scene.metrics(&scene.a);
+    let steered = scene.metrics(&scene.a).unwrap();
     assert!(steered.syns("outbound", "steered", "meshed") >= 2.0);
 }
 
-/// A network namespace inside a pod, whose packets the pod forwards under its own address.
+/// A network namespace inside a pod, whose packets the pod forwards.
 fn nest(scene: &Scene) -> Netns {
     let pod = &scene.client;
     let netns = scene.bed.extra_netns("inner").unwrap();
@@ -118,25 +81,30 @@ fn nest(scene: &Scene) -> Netns {
              route add default via 172.30.0.1\n\
              route add default via fd30::1\n")
         .unwrap();
+    netns
+}
+
+/// Gives what the pod forwards the pod's own address.
+fn masquerade(pod: &Pod) {
     let masquerade = "table inet nested { chain out { type nat hook postrouting priority 100;\n\
                       oifname eth0 masquerade\n}\n}\n";
     pod.command(["nft", "-f", "-"])
         .input(masquerade)
         .run()
         .unwrap();
-    netns
 }
 
 #[test]
 fn a_nested_namespaces_connections_are_refused_by_default() {
-    let scene = Scene::new("", "");
+    let scene = Scene::new("", "").unwrap();
     let nested = nest(&scene);
+    masquerade(&scene.client);
     let wire = scene.bed.capture_wire(&scene.a, &scene.b).unwrap();
     for to in scene.server.addresses() {
         let caller = Caller::new(&nested).saying(SECRET);
         assert_eq!(caller.call((*to, PORT)), Fate::Refused, "{to}");
     }
-    let metrics = scene.metrics(&scene.a);
+    let metrics = scene.metrics(&scene.a).unwrap();
     let refused = metrics.syns("outbound", "refused", "forwarded");
     assert!(refused >= 2.0, "{refused}");
     assert_eq!(scene.app.accepted(), 0);
@@ -147,14 +115,53 @@ fn a_nested_namespaces_connections_are_refused_by_default() {
 /// not be carried. What holds is that nothing of it leaves.
 #[test]
 fn a_nested_namespaces_rewritten_connection_never_leaves_in_plaintext() {
-    let scene = Scene::new("nested: allow", "mtls: strict");
+    let scene = Scene::new("nested: allow", "mtls: strict").unwrap();
     let nested = nest(&scene);
+    masquerade(&scene.client);
     let wire = scene.bed.capture_wire(&scene.a, &scene.b).unwrap();
     for to in scene.server.addresses() {
         let caller = Caller::new(&nested).patience(Duration::from_secs(2));
         let _fate = caller.saying(SECRET).call((*to, PORT));
     }
-    let steered = scene.metrics(&scene.a);
+    let steered = scene.metrics(&scene.a).unwrap();
     assert!(steered.syns("outbound", "steered", "meshed") >= 2.0);
     assert!(!wire.contains(SECRET));
+}
+
+#[test]
+fn a_nested_namespace_that_takes_another_pods_address_is_refused() {
+    let mut scene = Scene::new("nested: allow", "").unwrap();
+    let settings = ["nested: allow", "skipOutboundPorts: [8080]"];
+    let neighbours = ["steered", "skipping"].into_iter().zip(settings);
+    let neighbours: Vec<_> = neighbours
+        .map(|(name, settings)| {
+            let spec = PodSpec::new(name).settings(settings);
+            scene.bed.pod(&scene.a.clone(), spec).unwrap()
+        })
+        .collect();
+    eventually("the neighbours to be enrolled", LIMIT, || {
+        let metrics = scene.metrics(&scene.a).unwrap();
+        metrics.sum("malla_pods_enrolled", &[]) > 2.5
+    })
+    .unwrap();
+    let nested = nest(&scene);
+    let interfaces = ["eth0", "lo"].map(|name| Capture::start(scene.client.netns(), name).unwrap());
+    let sender = RawSender::new(&nested).unwrap();
+    for neighbour in &neighbours {
+        for to in scene.server.addresses() {
+            let taken = same_family(neighbour.addresses(), *to).unwrap();
+            let syn = TcpPacket::syn((taken, 1234).into(), (*to, PORT).into(), 1);
+            sender.send(&syn.to_bytes()).unwrap();
+        }
+    }
+    eventually("four refusals", LIMIT, || {
+        let metrics = scene.metrics(&scene.a).unwrap();
+        metrics.syns("outbound", "refused", "unknown_address") > 3.5
+    })
+    .unwrap();
+    for interface in interfaces {
+        let left = interface.tcp().into_iter();
+        let left: Vec<_> = left.filter(|p| p.to.port() == PORT).collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
 }

@@ -11,58 +11,25 @@ use std::{
 };
 
 use malla_testbed::{
-    Caller, EchoApp, Fate, Metrics, Node, Pod, PodSpec, Testbed, eventually, say, until,
+    Caller, EchoApp, Fate, Node, PORT, Pod, PodSpec, SECRET, Scene, Testbed, eventually, say, until,
 };
 
 const LIMIT: Duration = Duration::from_secs(10);
-const PORT: u16 = 8080;
-const SECRET: &[u8] = b"plaintext that is looked for";
 
-/// A meshed client on node `a`, and a meshed server with an echoing app on node `b`.
-struct Scene {
-    bed: Testbed,
-    a: Arc<Node>,
-    b: Arc<Node>,
-    client: Arc<Pod>,
-    server: Arc<Pod>,
-    app: EchoApp,
+/// Waits until the agent of node `a` has so many pods.
+fn wait_enrolled(scene: &Scene, count: f64) {
+    let what = format!("{count} pods to be enrolled");
+    eventually(&what, LIMIT, || {
+        let metrics = scene.metrics(&scene.a).unwrap();
+        let enrolled = metrics.sum("malla_pods_enrolled", &[]);
+        (enrolled - count).abs() < 0.5
+    })
+    .unwrap();
 }
 
-impl Scene {
-    fn new() -> Self {
-        let mut bed = Testbed::new("pods").unwrap();
-        let (a, b) = (bed.node("a").unwrap(), bed.node("b").unwrap());
-        let client = bed.pod(&a, PodSpec::new("client")).unwrap();
-        let server = bed.pod(&b, PodSpec::new("server").port(PORT)).unwrap();
-        let app = server.echo(PORT).unwrap();
-        bed.start_agents().unwrap();
-        Self {
-            bed,
-            a,
-            b,
-            client,
-            server,
-            app,
-        }
-    }
-
-    fn metrics(&self, node: &Node) -> Metrics {
-        self.bed.agent(node).metrics().unwrap()
-    }
-
-    /// Waits until the agent of node `a` has so many pods.
-    fn wait_enrolled(&self, count: f64) {
-        let what = format!("{count} pods to be enrolled");
-        eventually(&what, LIMIT, || {
-            let enrolled = self.metrics(&self.a).sum("malla_pods_enrolled", &[]);
-            (enrolled - count).abs() < 0.5
-        })
-        .unwrap();
-    }
-
-    fn steered(&self) -> f64 {
-        self.metrics(&self.a).syns("outbound", "steered", "meshed")
-    }
+fn steered(scene: &Scene) -> f64 {
+    let metrics = scene.metrics(&scene.a).unwrap();
+    metrics.syns("outbound", "steered", "meshed")
 }
 
 /// Waits until calls to a pod are echoed.
@@ -99,7 +66,7 @@ fn index_of(interface: &str) -> u32 {
 
 #[test]
 fn pods_come_and_go_without_touching_the_connections_of_others() {
-    let mut scene = Scene::new();
+    let mut scene = Scene::new("", "").unwrap();
     let to: SocketAddr = (scene.server.v4(), PORT).into();
     let mut stream = scene.client.caller().connect(to).unwrap();
     assert_eq!(say(&mut stream, b"hello"), Fate::Echoed);
@@ -110,7 +77,7 @@ fn pods_come_and_go_without_touching_the_connections_of_others() {
         let late = scene.bed.pod(&scene.a.clone(), spec).unwrap();
         let app = late.echo(PORT).unwrap();
         let wire = scene.bed.capture_wire(&scene.a, &scene.b).unwrap();
-        scene.wait_enrolled(2.0);
+        wait_enrolled(&scene, 2.0);
         for address in late.addresses() {
             wait_echoed(&scene.server, (*address, PORT).into());
         }
@@ -122,14 +89,14 @@ fn pods_come_and_go_without_touching_the_connections_of_others() {
         assert_eq!(say(&mut stream, b"hello"), Fate::Echoed);
         drop(app);
         scene.bed.remove_pod(&late).unwrap();
-        scene.wait_enrolled(1.0);
+        wait_enrolled(&scene, 1.0);
         assert_eq!(say(&mut stream, b"hello"), Fate::Echoed);
     }
 }
 
 #[test]
 fn a_pod_that_leaves_the_mesh_speaks_plaintext_and_no_program_stays() {
-    let mut scene = Scene::new();
+    let mut scene = Scene::new("", "").unwrap();
     let spec = PodSpec::new("leaver");
     let leaver = scene.bed.pod(&scene.a.clone(), spec).unwrap();
     wait_echoed(&leaver, (scene.server.v4(), PORT).into());
@@ -147,18 +114,20 @@ fn a_pod_that_leaves_the_mesh_speaks_plaintext_and_no_program_stays() {
         fate == Fate::Echoed && wire.contains(SECRET)
     })
     .unwrap();
+    // A link that nobody pins is detached.
+    let links = scene.a.bpffs().join("links/default");
+    assert!(links.join("client").exists());
     eventually("the programs and the rules to be gone", LIMIT, || {
-        let attached = leaver.run(["bpftool", "net"]).unwrap().stdout;
         let rules = leaver.run(["ip", "rule"]).unwrap().stdout;
         let rules6 = leaver.run(["ip", "-6", "rule"]).unwrap().stdout;
-        !attached.contains("egress") && !(rules + &rules6).contains("133")
+        !links.join("leaver").exists() && !(rules + &rules6).contains("133")
     })
     .unwrap();
 }
 
 #[test]
 fn an_interface_that_comes_later_is_steered() {
-    let scene = Scene::new();
+    let scene = Scene::new("", "").unwrap();
     for turn in 0..2 {
         // The second time under the same name.
         let lines = format!(
@@ -177,10 +146,10 @@ fn an_interface_that_comes_later_is_steered() {
         let addresses = ["192.0.2.1", "fd02::1"].map(|a| a.parse::<IpAddr>().unwrap());
         for to in addresses {
             until("a steered call over the new interface", LIMIT, || {
-                let before = scene.steered();
+                let before = steered(&scene);
                 let calls = scene.client.caller().patience(Duration::from_secs(1));
                 let echoed = calls.call((to, PORT)) == Fate::Echoed;
-                (echoed && scene.steered() > before).then_some(())
+                (echoed && steered(&scene) > before).then_some(())
             })
             .unwrap();
         }
@@ -190,7 +159,10 @@ fn an_interface_that_comes_later_is_steered() {
         for to in ["192.0.2.2", "fd02::2"].map(|a| a.parse::<IpAddr>().unwrap()) {
             assert_eq!(caller.call((to, PORT)), Fate::Echoed, "{to} in turn {turn}");
         }
-        let steered = scene.metrics(&scene.a).syns("inbound", "steered", "meshed");
+        let steered = scene
+            .metrics(&scene.a)
+            .unwrap()
+            .syns("inbound", "steered", "meshed");
         assert!(steered >= 2.0);
         drop((app, own));
         if turn == 0 {
@@ -206,7 +178,7 @@ fn an_interface_that_comes_later_is_steered() {
 
 #[test]
 fn a_second_address_that_comes_later_works() {
-    let scene = Scene::new();
+    let scene = Scene::new("", "").unwrap();
     let lines = "addr add 10.101.9.9/16 dev eth0\naddr add fd65::909/64 dev eth0 nodad\n";
     scene.client.netns().ip(lines).unwrap();
     let _own = scene.client.echo(PORT).unwrap();
@@ -240,7 +212,7 @@ fn an_interface_without_link_headers_is_steered() {
         fcntl.ioctl(tun, 0x400454ca, struct.pack('16sH', b'tun7', 0x1001))\n\
         print('made', flush=True)\n\
         while os.read(tun, 65536): pass\n";
-    let scene = Scene::new();
+    let scene = Scene::new("", "").unwrap();
     let limit = "connectTimeout: 200ms";
     scene.bed.change_settings(&scene.client, limit).unwrap();
     let sink = scene.client.spawn(["python3", "-c", SINK]).unwrap();
@@ -252,10 +224,10 @@ fn an_interface_without_link_headers_is_steered() {
     let peers = ["192.0.2.1", "fd02::1"].map(|a| a.parse::<IpAddr>().unwrap());
     for to in peers {
         until("a steered call over the TUN interface", LIMIT, || {
-            let before = scene.steered();
+            let before = steered(&scene);
             let calls = scene.client.caller().patience(Duration::from_secs(1));
             let reset = calls.call((to, PORT)) == Fate::Reset;
-            (reset && scene.steered() > before).then_some(())
+            (reset && steered(&scene) > before).then_some(())
         })
         .unwrap();
     }
@@ -292,7 +264,7 @@ fn connections_from_before_the_enrolment_go_on_and_are_counted() {
 
 #[test]
 fn a_pod_whose_app_has_the_mesh_port_is_named_and_enrolled_once_the_port_is_free() {
-    let mut scene = Scene::new();
+    let mut scene = Scene::new("", "").unwrap();
     let late = PodSpec::new("late").unlisted();
     let late = scene.bed.pod(&scene.a.clone(), late).unwrap();
     let app = late.echo(15008).unwrap();
@@ -301,14 +273,14 @@ fn a_pod_whose_app_has_the_mesh_port_is_named_and_enrolled_once_the_port_is_free
         panic!()
     };
     add_by_hand(&scene.bed, &scene.a, *address, late.netns().path(), said);
-    let metrics = scene.metrics(&scene.a);
+    let metrics = scene.metrics(&scene.a).unwrap();
     let refused = [("reason", "listen")];
     assert!(metrics.sum("malla_enrolment_errors_total", &refused) >= 1.0);
     for to in scene.server.addresses() {
         assert_eq!(scene.client.caller().call((*to, PORT)), Fate::Echoed);
     }
     drop(app);
-    scene.wait_enrolled(2.0);
+    wait_enrolled(&scene, 2.0);
 }
 
 /// A meshed client and server with an echoing app on one node, and a stranger with one beside them.
@@ -379,7 +351,7 @@ fn add_by_hand(bed: &Testbed, node: &Node, address: IpAddr, netns: &Path, what: 
 
 #[test]
 fn a_netns_that_two_workloads_claim_stays_the_firsts() {
-    let scene = Scene::new();
+    let scene = Scene::new("", "").unwrap();
     let pod = &scene.client;
     pod.netns().ip("addr add 10.101.7.7/16 dev eth0\n").unwrap();
     // Under another name, so that the file alone doesn't show it.
@@ -388,7 +360,7 @@ fn a_netns_that_two_workloads_claim_stays_the_firsts() {
     let address = "10.101.7.7".parse().unwrap();
     let said = "is that of default/client already";
     add_by_hand(&scene.bed, &scene.a, address, Path::new(&netns), said);
-    let metrics = scene.metrics(&scene.a);
+    let metrics = scene.metrics(&scene.a).unwrap();
     let refused = [("reason", "shared_netns")];
     assert!(metrics.sum("malla_enrolment_errors_total", &refused) >= 1.0);
     for to in scene.server.addresses() {
@@ -398,12 +370,12 @@ fn a_netns_that_two_workloads_claim_stays_the_firsts() {
 
 #[test]
 fn a_file_that_gives_one_netns_twice_is_refused_whole() {
-    let scene = Scene::new();
+    let scene = Scene::new("", "").unwrap();
     let pod = &scene.client;
     let address = "10.101.7.7".parse().unwrap();
     let said = "belongs to default/client on the same node already";
     add_by_hand(&scene.bed, &scene.a, address, pod.netns().path(), said);
-    scene.wait_enrolled(1.0);
+    wait_enrolled(&scene, 1.0);
     for to in scene.server.addresses() {
         assert_eq!(pod.caller().call((*to, PORT)), Fate::Echoed);
     }
@@ -411,11 +383,11 @@ fn a_file_that_gives_one_netns_twice_is_refused_whole() {
 
 #[test]
 fn the_hosts_netns_is_never_enrolled() {
-    let scene = Scene::new();
+    let scene = Scene::new("", "").unwrap();
     let own: IpAddr = "10.101.0.1".parse().unwrap();
     let said = "a pod on the host network can't be meshed";
     add_by_hand(&scene.bed, &scene.a, own, scene.a.netns().path(), said);
-    let metrics = scene.metrics(&scene.a);
+    let metrics = scene.metrics(&scene.a).unwrap();
     let refused = [("reason", "host_netns")];
     assert!(metrics.sum("malla_enrolment_errors_total", &refused) >= 1.0);
     let rules = scene.a.run(["ip", "rule"]).unwrap().stdout;
@@ -427,7 +399,7 @@ fn the_hosts_netns_is_never_enrolled() {
 
 #[test]
 fn the_machines_first_netns_is_not_enrolled_from_another() {
-    let scene = Scene::new();
+    let scene = Scene::new("", "").unwrap();
     // The agents of a bed live in namespaces of their own: that of the test is a stranger's.
     let said = "isn't in its netns";
     let address = "10.101.7.7".parse().unwrap();

@@ -13,15 +13,14 @@ use std::{
 };
 
 use malla_testbed::{
-    Capture, EchoApp, Fate, Node, Pod, PodSpec, TcpState, Testbed, eventually, same_family,
+    Capture, EchoApp, Fate, Node, PORT, Pod, PodSpec, SECRET, TcpState, Testbed, eventually,
+    same_family,
 };
 
 const LIMIT: Duration = Duration::from_secs(10);
-const PORT: u16 = 8080;
 const MESH_PORT: u16 = 15008;
 /// Files that the tunnels of a test may hold: two ends for each address and worker.
 const TUNNELS: usize = 16;
-const SECRET: &[u8] = b"plaintext that must not be seen";
 
 /// A meshed client on node `a`, a meshed server with an echoing app on node `b`, a neighbour of
 /// the client, and a stranger on node `a`.

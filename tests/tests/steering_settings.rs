@@ -5,16 +5,16 @@
 use std::{
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
 use malla_testbed::{
-    Capture, EchoApp, Fate, Metrics, Node, Pod, PodSpec, Testbed, eventually, say,
+    Capture, EchoApp, Fate, Metrics, Node, PORT, Pod, PodSpec, SECRET, Testbed, eventually, say,
 };
 
-const PORT: u16 = 8080;
+const LIMIT: Duration = Duration::from_secs(10);
 const SKIPPED: u16 = 9090;
-const SECRET: &[u8] = b"plaintext that is looked for";
 /// A change takes effect within 100 ms; a busy machine gets five times that.
 const LIVE: Duration = Duration::from_millis(500);
 
@@ -247,6 +247,49 @@ fn skipped_ports_of_a_client_change_live() {
         eventually("the port to be meshed", LIVE, || !is_plain()).unwrap();
         assert_eq!(say(&mut plain, b"hello"), Fate::Echoed);
         assert_eq!(say(&mut meshed, b"hello"), Fate::Echoed);
+    }
+}
+
+#[test]
+fn a_syn_that_is_sent_again_meets_the_decision_about_the_first_one() {
+    const SKIP: &str = "skipOutboundPorts: [8080]";
+    for (first, then, is_plain) in [(SKIP, "", true), ("", SKIP, false)] {
+        let scene = Scene::new(first, "");
+        let wire = scene.bed.capture_wire(&scene.a, &scene.b).unwrap();
+        // The pod's kernel sends again what is lost: on the wire, or on the way to the agent.
+        let (deaf, interface) = if is_plain {
+            (&scene.server, "eth0")
+        } else {
+            (&scene.client, "lo")
+        };
+        let rules = format!(
+            "table inet deaf {{ chain input {{ type filter hook input priority 0;\n\
+             iif {interface} tcp dport {PORT} counter drop\n}}\n}}\n"
+        );
+        let nft = deaf.command(["nft", "-f", "-"]);
+        nft.input(rules).run().unwrap();
+        let lost = || {
+            let list = ["nft", "list", "table", "inet", "deaf"];
+            !deaf.run(list).unwrap().stdout.contains("packets 0")
+        };
+        thread::scope(|scope| {
+            let call = scope.spawn(|| {
+                let caller = scene.client.caller().saying(SECRET);
+                caller.call((scene.server.v4(), PORT))
+            });
+            eventually("a SYN to be lost", LIMIT, lost).unwrap();
+            scene.bed.change_settings(&scene.client, then).unwrap();
+            let said = || scene.bed.agent(&scene.a).log();
+            eventually("the change to be told", LIMIT, || {
+                said().contains("settings changed")
+            })
+            .unwrap();
+            let nft = ["nft", "delete", "table", "inet", "deaf"];
+            deaf.run(nft).unwrap();
+            assert_eq!(call.join().unwrap(), Fate::Echoed);
+        });
+        assert_eq!(wire.contains(SECRET), is_plain);
+        assert_eq!(scene.call_is_seen(&scene.client, PORT), !is_plain);
     }
 }
 

@@ -7,10 +7,9 @@ use std::{
     time::Duration,
 };
 
-use malla_testbed::{Fate, Output, PodSpec, Testbed, binary, eventually};
+use malla_testbed::{Fate, Output, PORT, PodSpec, Testbed, binary, eventually};
 
 const LIMIT: Duration = Duration::from_secs(10);
-const PORT: u16 = 8080;
 
 /// Starts the agent of a node whose configuration differs in one line, by `wrapper` if there is
 /// one, and returns how it ended.

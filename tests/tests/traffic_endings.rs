@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use malla_testbed::{Capture, PATIENCE, Pair, eventually, on_each_way, packet, payload};
+use malla_testbed::{Capture, PATIENCE, Pair, Way, eventually, on_each_way, packet, payload};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::SockRef;
 
@@ -247,6 +247,35 @@ fn what_a_server_wrote_before_it_ended_is_all_read(pair: &Pair) {
     });
     let resets: Vec<_> = resets.collect();
     assert!(resets.is_empty(), "{resets:?}");
+}
+
+/// By PINGs in a tunnel and by keepalive elsewhere: each takes 30 to 40 s to be sure.
+#[test]
+#[ignore = "long: a peer is believed alive for 40 s"]
+fn the_ends_of_a_connection_are_reset_once_the_other_node_has_vanished() {
+    let ways = [Way::Mesh, Way::ToUnmeshed, Way::FromUnmeshed];
+    let pairs = ways.map(|way| Pair::new(way).unwrap());
+    thread::scope(|scope| {
+        for pair in &pairs {
+            scope.spawn(|| {
+                let (client, server) = pair.connection().unwrap();
+                let wire = pair.a.wire_to(&pair.b);
+                let down = format!("link set {wire} down\n");
+                pair.a.netns().ip(&down).unwrap();
+                // An end without an agent of its own is told by nobody.
+                let told = match pair.way {
+                    Way::ToUnmeshed => vec![client],
+                    Way::FromUnmeshed => vec![server],
+                    _ => vec![client, server],
+                };
+                for mut end in told {
+                    end.set_read_timeout(Some(3 * PATIENCE)).unwrap();
+                    let error = end.read(&mut [0]).unwrap_err();
+                    assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{:?}", pair.way);
+                }
+            });
+        }
+    });
 }
 
 /// Waits until poll(2) says one of `events` of a socket.

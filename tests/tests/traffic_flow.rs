@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use malla_testbed::{PATIENCE, Pair, eventually, on_each_way, payload};
+use malla_testbed::{PATIENCE, Pair, PodSpec, Testbed, Way, eventually, on_each_way, payload};
 use socket2::SockRef;
 
 const MIB: usize = 1 << 20;
@@ -202,10 +202,85 @@ fn both_directions_flow_at_once(pair: &Pair) {
     });
 }
 
+const PLAIN_AND_TUNNEL: [Way; 3] = [Way::Mesh, Way::ToUnmeshed, Way::FromUnmeshed];
+
+fn with_idle_timeout(way: Way, timeout: &str) -> Pair {
+    let bed = Testbed::new("idle").unwrap();
+    let bed = bed.with_settings(format!("idleTimeout: {timeout}"));
+    Pair::on(bed, way, PodSpec::new("client"), PodSpec::new("server")).unwrap()
+}
+
+#[test]
+fn a_connection_without_a_byte_is_reset_after_its_idle_timeout() {
+    for way in PLAIN_AND_TUNNEL {
+        let pair = with_idle_timeout(way, "500ms");
+        let (mut client, mut server) = pair.connection().unwrap();
+        let began = Instant::now();
+        client.write_all(b"x").unwrap();
+        server.read_exact(&mut [0]).unwrap();
+        for end in [&mut client, &mut server] {
+            let error = end.read(&mut [0]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{way:?}");
+        }
+        let lived = began.elapsed();
+        assert!(lived >= Duration::from_millis(500), "{way:?}: {lived:?}");
+        assert!(lived < Duration::from_secs(5), "{way:?}: {lived:?}");
+        pair.nothing_is_held().unwrap();
+    }
+}
+
+#[test]
+fn a_connection_whose_bytes_move_slowly_outlives_its_idle_timeout() {
+    const TIMEOUT: Duration = Duration::from_secs(2);
+    let slowly = |mut from: &TcpStream, mut to: &TcpStream| {
+        for _ in 0..5 {
+            thread::sleep(TIMEOUT / 2);
+            from.write_all(b"x").unwrap();
+            to.read_exact(&mut [0]).unwrap();
+        }
+    };
+    let pairs = PLAIN_AND_TUNNEL.map(|way| with_idle_timeout(way, "2s"));
+    thread::scope(|scope| {
+        for pair in &pairs {
+            let [up, down] = [(); 2].map(|()| pair.connection().unwrap());
+            scope.spawn(move || slowly(&up.0, &up.1));
+            scope.spawn(move || slowly(&down.1, &down.0));
+        }
+    });
+}
+
+#[test]
+#[ignore = "long: readers pause for 40 s"]
+fn a_reader_that_pauses_longer_than_any_timeout_is_not_cut() {
+    const LENGTH: usize = 24 * MIB;
+    let pairs = PLAIN_AND_TUNNEL.map(|way| Pair::new(way).unwrap());
+    thread::scope(|scope| {
+        for pair in &pairs {
+            for server_writes in [false, true] {
+                let (client, server) = pair.connection().unwrap();
+                let (writer, reader) = if server_writes {
+                    (server, client)
+                } else {
+                    (client, server)
+                };
+                writer.set_write_timeout(None).unwrap();
+                scope.spawn(move || payload::send(&writer, 1, LENGTH).unwrap());
+                scope.spawn(move || {
+                    thread::sleep(Duration::from_secs(40));
+                    payload::receive(&reader, 1, LENGTH).unwrap();
+                });
+            }
+        }
+    });
+    for pair in &pairs {
+        pair.nothing_is_held().unwrap();
+    }
+}
+
 #[test]
 #[ignore = "long: 2 GiB each way"]
 fn two_gibibytes_arrive_as_they_were_sent() {
-    for way in [malla_testbed::Way::Mesh, malla_testbed::Way::ToUnmeshed] {
+    for way in [Way::Mesh, Way::ToUnmeshed] {
         let pair = Pair::new(way).unwrap();
         for server_sends in [false, true] {
             let (client, server) = pair.connection().unwrap();

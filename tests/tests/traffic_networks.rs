@@ -3,12 +3,14 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
 
 use std::{
+    io::{Read, Write},
     net::{IpAddr, SocketAddr, TcpStream},
     sync::Arc,
     thread,
+    time::{Duration, Instant},
 };
 
-use malla_testbed::{Link, Pair, Pod, PodSpec, Testbed, Way, accept, listen, payload};
+use malla_testbed::{Link, Pair, Pod, PodSpec, Testbed, Way, accept, listen, payload, same_family};
 
 const WAYS: [Way; 5] = [
     Way::Mesh,
@@ -180,4 +182,40 @@ fn wait_enrolled(pair: &Pair, pod: &Arc<Pod>, way: Way) {
         let agent = pair.bed.agent(&pair.a).process();
         agent.wait_for_log(&line, malla_testbed::PATIENCE).unwrap();
     }
+}
+
+#[test]
+fn an_app_whose_answers_to_a_client_find_no_neighbour_sees_its_pods_own_address() {
+    let pair = Pair::new(Way::Mesh).unwrap();
+    // To the app's port alone the clients are on the link, where nobody answers for them.
+    let listener = listen(&pair.server, 0).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    for to in pair.addresses(port) {
+        let client = same_family(pair.client.addresses(), to.ip()).unwrap();
+        let family = if client.is_ipv4() { "-4" } else { "-6" };
+        let (rule, route) = (
+            format!("rule add ipproto tcp sport {port} lookup 77"),
+            format!("route add {client} dev eth0 table 77"),
+        );
+        for words in [rule, route] {
+            let words = ["ip", family].into_iter().chain(words.split(' '));
+            pair.server.run(words).unwrap();
+        }
+    }
+    for to in pair.addresses(port) {
+        for turn in 0..2 {
+            let began = Instant::now();
+            let mut client = pair.dial(to).unwrap();
+            let mut server = accept(&listener).unwrap();
+            // A second is what the kernel takes to send a SYN again.
+            assert!(began.elapsed() < Duration::from_secs(1), "turn {turn}");
+            let peer = server.peer_addr().unwrap().ip().to_canonical();
+            assert_eq!(peer, to.ip());
+            client.write_all(b"hello").unwrap();
+            server.read_exact(&mut [0; 5]).unwrap();
+        }
+    }
+    let metrics = pair.agents()[1].metrics().unwrap();
+    let replaced = metrics.sum("malla_source_replaced_total", &[]);
+    assert!((replaced - 4.0).abs() < 0.5, "{replaced}");
 }

@@ -12,10 +12,11 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
 };
 
-/// From `linux/sock_diag.h`.
+/// From `linux/sock_diag.h` and `net/tcp_states.h`.
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const NLM_F_REQUEST: u16 = 1;
 const IPPROTO_TCP: u8 = 6;
+const TCP_SYN_RECV: u8 = 3;
 const TCP_TIME_WAIT: u8 = 6;
 const TCP_LISTEN: u8 = 10;
 /// Sizes of `struct nlmsghdr` and `struct inet_diag_req_v2`.
@@ -27,6 +28,8 @@ const REQUEST: usize = 56;
 pub enum Held {
     /// No socket, or a listener.
     No,
+    /// A connection whose SYN was answered, and that isn't open yet.
+    Answered,
     /// A connection that is over.
     TimeWait,
     /// A connection in any other state.
@@ -115,6 +118,7 @@ fn held(answer: &[u8]) -> Held {
     }
     match answer.get(HEADER + 1) {
         None | Some(&TCP_LISTEN) => Held::No,
+        Some(&TCP_SYN_RECV) => Held::Answered,
         Some(&TCP_TIME_WAIT) => Held::TimeWait,
         Some(_) => Held::Connection,
     }

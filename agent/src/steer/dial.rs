@@ -18,6 +18,7 @@ use tokio::{
 
 use super::{
     Pod,
+    diag::Held,
     listeners::{relay_options, set_option},
     netns::Netns,
 };
@@ -31,6 +32,10 @@ const PORT_TRIES: u32 = 64;
 const SETTLED: Duration = Duration::from_millis(1);
 /// A connection over the loopback opens within this time, or something is in its way.
 const AT_ONCE: Duration = Duration::from_millis(20);
+/// So many dials that the app's kernel answered, and whose answers did not come, mean that they
+/// don't get out of the pod: the loopback takes them only once a neighbour is found. One may be a
+/// client that came with the dial's tuple, or a neighbour that is being asked for.
+const LOST_ANSWERS: u32 = 3;
 
 /// Why a connection could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -120,8 +125,8 @@ pub struct Dialled {
 }
 
 /// Opens a connection to the app at `destination`, an address of the pod, with `client` as source.
-/// Where that is of another family, or an address that the pod has no route to, the pod's own
-/// address is the source.
+/// Where that is of another family, or an address that the pod has no route to or whose neighbour
+/// doesn't answer, the pod's own address is the source.
 pub async fn to_app(
     pod: &Pod,
     own_dial: &RefCell<OwnDial>,
@@ -133,14 +138,12 @@ pub async fn to_app(
         && client != destination.ip()
         && pod.routes.reaches(&pod.netns, &pod.home, client);
     if !usable {
-        let stream = to_network(&pod.netns, &pod.home, destination, limit).await?;
-        return Ok(Dialled {
-            stream,
-            source_replaced: true,
-        });
+        return from_own_address(pod, destination, limit).await;
     }
-    for attempt in 0..PORT_TRIES {
+    let mut lost_answers = 0;
+    for turn in 0..PORT_TRIES {
         let port = pod.dial_ports.next().ok_or(DialError::PortsExhausted)?;
+        let source = SocketAddr::new(client, port);
         let flow = Flow {
             source: client.into(),
             destination: destination.ip().into(),
@@ -153,46 +156,85 @@ pub async fn to_app(
             // A client's SYN that passed `ingress` just before is on its way up the stack.
             tokio::time::sleep(SETTLED).await;
         }
-        let pressed = attempt >= PORT_TRIES / 2;
-        if pod
-            .dial_ports
-            .is_blocked(client, port, destination, pressed)
-        {
+        let pressed = turn >= PORT_TRIES / 2;
+        if pod.dial_ports.is_blocked(source, destination, pressed) {
             continue;
         }
-        let socket = pod
-            .netns
-            .enter(&pod.home, || transparent_socket(destination))??;
-        match socket.bind(&SocketAddr::new(client, port).into()) {
-            Ok(()) => {}
-            Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) => continue,
-            Err(error) => return Err(error.into()),
-        }
-        let connecting = connect(
-            TcpSocket::from_std_stream(socket.into()),
-            destination,
-            limit,
-        );
-        tokio::pin!(connecting);
-        let connected = match timeout(AT_ONCE, &mut connecting).await {
-            Ok(connected) => connected,
-            // A client's SYN that was past `ingress` when the tuple was announced takes the dial's.
-            Err(_) if pod.dial_ports.is_held(client, port, destination) => continue,
-            Err(_) => connecting.await,
-        };
-        match connected {
-            Ok(stream) => {
+        match attempt(pod, source, destination, limit).await? {
+            Attempt::Open(stream) => {
                 return Ok(Dialled {
                     stream,
                     source_replaced: false,
                 });
             }
-            // This tuple is in use, and a bound socket can't be bound again.
-            Err(DialError::Io(error)) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {}
-            Err(error) => return Err(error),
+            Attempt::Taken => {}
+            Attempt::AnswerLost => {
+                lost_answers += 1;
+                if lost_answers == LOST_ANSWERS {
+                    pod.routes.has_no_neighbour(client);
+                    return from_own_address(pod, destination, limit).await;
+                }
+            }
         }
     }
     Err(DialError::PortsExhausted)
+}
+
+async fn from_own_address(
+    pod: &Pod,
+    destination: SocketAddr,
+    limit: Duration,
+) -> Result<Dialled, DialError> {
+    let stream = to_network(&pod.netns, &pod.home, destination, limit).await?;
+    Ok(Dialled {
+        stream,
+        source_replaced: true,
+    })
+}
+
+/// What became of one try from one port.
+enum Attempt {
+    Open(TcpStream),
+    /// Something else has the tuple.
+    Taken,
+    /// The app's kernel has answered the SYN, and the answer doesn't come.
+    AnswerLost,
+}
+
+async fn attempt(
+    pod: &Pod,
+    source: SocketAddr,
+    destination: SocketAddr,
+    limit: Duration,
+) -> Result<Attempt, DialError> {
+    let socket = pod
+        .netns
+        .enter(&pod.home, || transparent_socket(destination))??;
+    match socket.bind(&source.into()) {
+        Ok(()) => {}
+        Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) => return Ok(Attempt::Taken),
+        Err(error) => return Err(error.into()),
+    }
+    let socket = TcpSocket::from_std_stream(socket.into());
+    let connecting = connect(socket, destination, limit);
+    tokio::pin!(connecting);
+    let connected = match timeout(AT_ONCE, &mut connecting).await {
+        Ok(connected) => connected,
+        Err(_) => match pod.dial_ports.holder(source, destination) {
+            // A client's SYN that was past `ingress` when the tuple was announced came first.
+            Held::Connection => return Ok(Attempt::Taken),
+            Held::Answered => return Ok(Attempt::AnswerLost),
+            Held::No | Held::TimeWait => connecting.await,
+        },
+    };
+    match connected {
+        Ok(stream) => Ok(Attempt::Open(stream)),
+        // This tuple is in use, and a bound socket can't be bound again.
+        Err(DialError::Io(error)) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {
+            Ok(Attempt::Taken)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// Takes the flow out of the map on every way out, the dropped future's included.

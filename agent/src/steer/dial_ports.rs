@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     sync::atomic::{AtomicBool, AtomicU32, Ordering},
 };
 
@@ -66,13 +66,7 @@ impl DialPorts {
     /// already, so that none can come from now on. A connection that was the agent's and is over
     /// is in nobody's way (RFC 6191); one that may have been the client's, whose clock is another,
     /// is, unless there is nothing better (`pressed`).
-    pub(super) fn is_blocked(
-        &self,
-        client: IpAddr,
-        port: u16,
-        app: SocketAddr,
-        pressed: bool,
-    ) -> bool {
+    pub(super) fn is_blocked(&self, source: SocketAddr, app: SocketAddr, pressed: bool) -> bool {
         let overlaps = self.overlaps();
         let first_round = |left: u32| left.checked_sub(1);
         let first =
@@ -81,15 +75,15 @@ impl DialPorts {
         if first.is_ok() && !overlaps {
             return false;
         }
-        match self.diag.find(app, SocketAddr::new(client, port)) {
+        match self.holder(source, app) {
             Held::No => false,
             Held::TimeWait => overlaps && !pressed,
-            Held::Connection => true,
+            Held::Answered | Held::Connection => true,
         }
     }
 
-    /// Whether a connection at the app's end has this tuple.
-    pub(super) fn is_held(&self, client: IpAddr, port: u16, app: SocketAddr) -> bool {
-        self.diag.find(app, SocketAddr::new(client, port)) == Held::Connection
+    /// What at the app's end has this tuple.
+    pub(super) fn holder(&self, source: SocketAddr, app: SocketAddr) -> Held {
+        self.diag.find(app, source)
     }
 }

@@ -272,7 +272,16 @@ fn insert_listeners(
     pod: u32,
     listeners: &[PodListeners],
 ) -> Result<(), ProgramsError> {
-    let map = &mut programs.maps().listeners;
+    let maps = programs.maps();
+    for set in listeners {
+        maps.listener_pods
+            .insert(&set.mesh, pod, 0)
+            .map_err(|source| ProgramsError::Map {
+                name: "LISTENER_PODS",
+                source,
+            })?;
+    }
+    let map = &mut maps.listeners;
     // Slot 0 says that all are there, so it comes last.
     for (slot, set) in (0_u16..)
         .zip(listeners)

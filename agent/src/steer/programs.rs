@@ -9,8 +9,8 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader,
     maps::{
-        Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, SockHash, lpm_trie::Key,
-        lpm_trie::LpmTrie,
+        Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockHash,
+        lpm_trie::Key, lpm_trie::LpmTrie,
     },
     programs::{
         ProgramError, SchedClassifier, SkLookup, TcAttachType,
@@ -30,7 +30,7 @@ const LAYOUT: &str = "v3";
 
 const PROGRAMS: [&str; 5] = ["egress", "egress_l3", "ingress", "ingress_l3", "loopback"];
 
-const MAPS: [&str; 12] = [
+const MAPS: [&str; 13] = [
     "AGENTS",
     "PODS",
     "LISTENERS",
@@ -43,6 +43,7 @@ const MAPS: [&str; 12] = [
     "PAIRS",
     "COUNTERS",
     "SOCKETS",
+    "LISTENER_PODS",
 ];
 
 /// What went wrong with programs or maps.
@@ -127,6 +128,7 @@ pub struct Maps {
     pub agents: BpfHashMap<MapData, u64, u32>,
     pub pods: BpfHashMap<MapData, Address, PodEntry>,
     pub listeners: SockHash<MapData, ListenerKey>,
+    pub listener_pods: SkStorage<MapData, u32>,
     pub port_rules: LpmTrie<MapData, PortRule, u32>,
     pub net_rules: LpmTrie<MapData, NetRule, u32>,
     pub workers: Array<MapData, u32>,
@@ -159,6 +161,7 @@ impl Programs {
             agents: map(&mut ebpf, "AGENTS")?,
             pods: map(&mut ebpf, "PODS")?,
             listeners: map(&mut ebpf, "LISTENERS")?,
+            listener_pods: map(&mut ebpf, "LISTENER_PODS")?,
             port_rules: map(&mut ebpf, "PORT_RULES")?,
             net_rules: map(&mut ebpf, "NET_RULES")?,
             workers: map(&mut ebpf, "WORKERS")?,

@@ -9,14 +9,16 @@ use std::{
 
 use super::netns::Netns;
 
-/// How long an answer of the kernel is believed.
+/// How long an answer is believed.
 const BELIEVED: Duration = Duration::from_secs(10);
 /// Answers that are remembered; beyond it all are forgotten.
 const REMEMBERED: usize = 4096;
 
-/// What the kernel said of a pod's routes to its clients.
+/// What is known of a pod's ways to its clients.
 #[derive(Debug, Default)]
-pub struct Routes(Mutex<HashMap<IpAddr, (Instant, bool)>>);
+pub struct Routes(Mutex<Answers>);
+
+type Answers = HashMap<IpAddr, (Instant, bool)>;
 
 impl Routes {
     /// Whether the pod has a route to `client`.
@@ -29,12 +31,22 @@ impl Routes {
         }
         // A netns that can't be entered fails where the connection is made, with a better error.
         let reaches = netns.enter(home, || ask(client)).unwrap_or(true);
-        if answers.len() >= REMEMBERED {
-            answers.clear();
-        }
-        answers.insert(client, (Instant::now(), reaches));
+        remember(&mut answers, client, reaches);
         reaches
     }
+
+    /// Remembers that answers to `client` don't leave the pod, though it has a route there.
+    pub(super) fn has_no_neighbour(&self, client: IpAddr) {
+        let mut answers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        remember(&mut answers, client, false);
+    }
+}
+
+fn remember(answers: &mut Answers, client: IpAddr, reaches: bool) {
+    if answers.len() >= REMEMBERED {
+        answers.clear();
+    }
+    answers.insert(client, (Instant::now(), reaches));
 }
 
 /// Connecting a datagram socket looks the route up and sends nothing.

@@ -104,7 +104,7 @@ impl Metrics {
         );
         attach(
             &registry,
-            Sampled::new(&process::FAMILIES, move || process::families(started)),
+            Sampled::new(&process::described(), move || process::families(started)),
         );
         attach(&registry, Sampled::new(&[BUILD], || vec![build_info()]));
         Self {

@@ -2,10 +2,7 @@
 
 use std::{io, net::TcpListener as StdListener, rc::Rc, time::Duration};
 
-use tokio::{
-    net::{TcpListener, TcpStream},
-    task::spawn_local,
-};
+use tokio::net::{TcpListener, TcpStream};
 
 use super::{
     inbound, outbound,
@@ -24,7 +21,7 @@ pub(super) fn serve(worker: &Rc<Worker>, pod: &Rc<PodContext>, listeners: PodLis
         (Listener::Inbound, listeners.inbound),
         (Listener::Mesh, listeners.mesh),
     ] {
-        spawn_local(listen(Rc::clone(worker), Rc::clone(pod), role, listener));
+        pod.spawn(listen(Rc::clone(worker), Rc::clone(pod), role, listener));
     }
 }
 

@@ -15,6 +15,7 @@ mod pool;
 mod record;
 mod relay;
 mod tunnel;
+mod turns;
 mod worker;
 
 use std::net::SocketAddr;

@@ -17,12 +17,18 @@ use aya::maps::{Array, HashMap as BpfHashMap, MapData};
 use malla_common::{Flow, Reason, WorkerLoad};
 use nix::time::{ClockId, clock_gettime};
 use tokio::{
+    runtime::{self, LocalOptions},
     sync::{mpsc, watch},
-    task::{JoinSet, LocalSet},
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{accept, buffers::Buffers, handshakes::Handshakes, pool::Pool};
+use super::{
+    accept,
+    buffers::Buffers,
+    handshakes::Handshakes,
+    pool::Pool,
+    turns::{Tasks, Turns},
+};
 use crate::{
     identity::Certificates,
     model::{Mesh, Workload},
@@ -159,6 +165,7 @@ pub(super) struct Worker {
     pub(super) buffers: Buffers,
     pub(super) pool: Pool,
     pub(super) handshakes: Handshakes,
+    turns: Turns,
     pods: RefCell<HashMap<u32, Rc<PodContext>>>,
     connections: Cell<u32>,
     live: Arc<AtomicU32>,
@@ -170,9 +177,9 @@ pub(super) struct PodContext {
     workload: RefCell<Arc<Workload>>,
     /// Ends the listeners.
     pub(super) accepting: CancellationToken,
-    /// Connections and tunnels. Aborted when the pod is withdrawn: a token would have to be looked
-    /// at whenever one of them wakes.
-    tasks: RefCell<JoinSet<()>>,
+    /// Listeners, connections and tunnels. Dropped when the pod is withdrawn: a token would have to
+    /// be looked at whenever one of them wakes.
+    tasks: Tasks,
     withdrawn: Cell<bool>,
 }
 
@@ -184,10 +191,7 @@ impl PodContext {
 
     /// Runs a connection or tunnel of this pod, until its end or the pod's.
     pub(super) fn spawn(&self, task: impl Future<Output = ()> + 'static) {
-        let mut tasks = self.tasks.borrow_mut();
-        tasks.spawn_local(task);
-        // Forgets those that have ended.
-        while tasks.try_join_next().is_some() {}
+        self.tasks.spawn(task);
     }
 
     /// Why a connection of this pod that is cut ends.
@@ -197,12 +201,6 @@ impl PodContext {
         } else {
             Reason::Shutdown
         }
-    }
-
-    fn withdraw(&self) {
-        self.withdrawn.set(true);
-        self.accepting.cancel();
-        self.tasks.borrow_mut().abort_all();
     }
 }
 
@@ -254,7 +252,7 @@ impl Worker {
                     pod,
                     workload: RefCell::new(workload),
                     accepting: CancellationToken::new(),
-                    tasks: RefCell::default(),
+                    tasks: self.turns.add(),
                     withdrawn: Cell::new(false),
                 });
                 accept::serve(self, &context, listeners);
@@ -271,7 +269,8 @@ impl Worker {
             }
             Command::Remove { pod } => {
                 if let Some(context) = self.pods.borrow_mut().remove(&pod) {
-                    context.withdraw();
+                    context.withdrawn.set(true);
+                    self.turns.remove(&context.tasks);
                 }
                 self.pool.remove_pod(pod);
             }
@@ -291,9 +290,11 @@ fn run(
     live: Arc<AtomicU32>,
     mut commands: mpsc::Receiver<Command>,
 ) {
-    let runtime = match tokio::runtime::Builder::new_current_thread()
+    let runtime = match runtime::Builder::new_current_thread()
         .enable_all()
-        .build()
+        // How long tasks run before sockets are looked at is for `turns` to say.
+        .event_interval(1)
+        .build_local(LocalOptions::default())
     {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -311,18 +312,22 @@ fn run(
         buffers: Buffers::default(),
         pool: Pool::default(),
         handshakes: Handshakes::default(),
+        turns: Turns::default(),
         pods: RefCell::default(),
         connections: Cell::new(0),
         live,
         shared,
     });
-    let tasks = LocalSet::new();
-    tasks.spawn_local(follow_mesh(Rc::clone(&worker)));
-    tasks.spawn_local(tell_load(Rc::clone(&worker), index));
-    tasks.block_on(&runtime, async {
+    runtime.spawn_local(follow_mesh(Rc::clone(&worker)));
+    runtime.spawn_local(tell_load(Rc::clone(&worker), index));
+    let driven = Rc::clone(&worker);
+    runtime.spawn_local(async move { driven.turns.run().await });
+    runtime.block_on(async {
         while let Some(command) = commands.recv().await {
             worker.obey(command);
         }
+        // They hold the worker that holds them.
+        worker.turns.clear();
     });
 }
 

@@ -142,9 +142,9 @@ impl Turns {
             if self.round(&mut ready, &mut least) {
                 cx.waker().wake_by_ref();
             }
-            Poll::Pending
+            Poll::<()>::Pending
         })
-        .await
+        .await;
     }
 
     /// One round. Whether some pod has more to do.
@@ -212,9 +212,8 @@ mod tests {
             .unwrap();
         let turns = Rc::new(Turns::default());
         let driven = Rc::clone(&turns);
-        let driver = runtime.spawn_local(async move { driven.run().await });
+        runtime.spawn_local(async move { driven.run().await });
         runtime.block_on(test(&turns));
-        driver.abort();
         turns.clear();
     }
 

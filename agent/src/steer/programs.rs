@@ -26,7 +26,7 @@ use super::{dial::OwnDial, netns::Netns};
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/malla-ebpf"));
 
 /// Layout of the pinned maps. An agent with another layout starts with maps of its own.
-const LAYOUT: &str = "v2";
+const LAYOUT: &str = "v3";
 
 const PROGRAMS: [&str; 5] = ["egress", "egress_l3", "ingress", "ingress_l3", "loopback"];
 

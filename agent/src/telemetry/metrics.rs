@@ -22,6 +22,7 @@ use super::{
     Direction, KernelCount,
     collector::{Family, Sampled, label},
     errno_label, kernel,
+    load::LoadMetrics,
     logging::DroppedLines,
     process,
     transport::{self, Transports, WorkerMetrics},
@@ -71,6 +72,7 @@ pub struct Metrics {
     handshakes: IntCounterVec,
     tunnels: IntCounterVec,
     tunnels_open: IntGaugeVec,
+    pub(super) load: LoadMetrics,
     discovery_reloads: IntCounterVec,
     source_replaced: IntCounter,
     accept_errors: IntCounterVec,
@@ -127,6 +129,7 @@ impl Metrics {
                     &["direction"],
                 )),
             ),
+            load: LoadMetrics::new(&registry),
             discovery_reloads: counters(
                 &registry,
                 "malla_discovery_reloads_total",
@@ -304,7 +307,12 @@ fn build_info() -> MetricFamily {
     BUILD.with(vec![BUILD.sample(labels, 1)])
 }
 
-fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+pub(super) fn counters(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+    labels: &[&str],
+) -> IntCounterVec {
     register(
         registry,
         valid(IntCounterVec::new(Opts::new(name, help), labels)),
@@ -312,11 +320,11 @@ fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> Int
 }
 
 /// Names, helps and labels are constants of this module, and a test makes them all.
-fn valid<T>(metric: prometheus::Result<T>) -> T {
+pub(super) fn valid<T>(metric: prometheus::Result<T>) -> T {
     metric.expect("metric names and labels are valid")
 }
 
-fn register<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> C {
+pub(super) fn register<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> C {
     attach(registry, collector.clone());
     collector
 }

@@ -13,6 +13,7 @@ mod collector;
 #[cfg(test)]
 mod fixtures;
 mod kernel;
+mod load;
 mod logging;
 mod metrics;
 mod process;

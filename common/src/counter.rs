@@ -44,8 +44,12 @@ pub struct Counter {
 }
 
 impl Counter {
+    /// How many reasons there is room for. More than there are: a pinned map then keeps its size and
+    /// the meaning of its places when a reason of the agent comes or goes.
+    const REASONS: usize = 64;
+
     /// Size of the array.
-    pub const SLOTS: usize = 2 * 2 * 4 * Reason::COUNT;
+    pub const SLOTS: usize = 2 * 2 * 4 * Self::REASONS;
 
     /// Where this count stands in the array.
     #[inline(always)]
@@ -55,7 +59,7 @@ impl Counter {
     )]
     pub const fn slot(self) -> u32 {
         let group = (self.direction as u32 * 2 + self.unit as u32) * 4 + self.outcome as u32;
-        group * Reason::COUNT as u32 + self.reason as u32
+        group * Self::REASONS as u32 + self.reason as u32
     }
 
     /// Every count, in the order of the array.
@@ -83,15 +87,46 @@ impl Counter {
     }
 }
 
+const _: () = assert!(
+    Reason::COUNT <= Counter::REASONS,
+    "REASONS must grow, and with it the layout of the pinned maps (`LAYOUT` in the agent)"
+);
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn each_counter_stands_where_the_list_says() {
-        for (place, counter) in Counter::all().enumerate() {
-            assert_eq!(counter.slot() as usize, place);
-        }
-        assert_eq!(Counter::all().count(), Counter::SLOTS);
+    fn each_counter_has_a_place_of_its_own() {
+        let places = || Counter::all().map(Counter::slot);
+        assert!(places().is_sorted_by(|a, b| a < b));
+        assert!(places().all(|place| (place as usize) < Counter::SLOTS));
+        assert_eq!(places().count(), 2 * 2 * 4 * Reason::COUNT);
+    }
+
+    #[test]
+    fn what_the_kernel_counts_keeps_its_place() {
+        // The pinned map outlives an agent. What is new goes to the end of these.
+        let kernels = [
+            "meshed",
+            "agent",
+            "port_skipped",
+            "subnet_skipped",
+            "fail_open",
+            "no_agent",
+            "agent_gone",
+            "unknown_address",
+            "forwarded",
+            "unparsable",
+            "port_clash",
+            "direct_before_enrolment",
+            "kernel_reply",
+            "own_listener",
+        ];
+        let first = Reason::ALL.iter().map(|reason| reason.as_str());
+        assert!(
+            first.take(kernels.len()).eq(kernels),
+            "another layout: see `LAYOUT`"
+        );
     }
 }

@@ -156,6 +156,10 @@ pub struct PairSlots {
     pub in_row: u16,
 }
 
+/// What a worker that should get no new connection adds to its number of them: it then weighs more
+/// than any that doesn't, and where all do, their connections decide as ever.
+pub const OVERLOADED: u32 = 1 << 20;
+
 /// What a worker says of itself, for the choice of the next connection's worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[repr(C)]

@@ -16,8 +16,8 @@ mod reason;
 pub use address::Address;
 pub use counter::{Counter, Direction, Outcome, Unit};
 pub use keys::{
-    Flow, ListenerKey, NetRule, Pair, PairSlots, PodEntry, PortRule, Role, SocketState, Verdict,
-    WorkerLoad, pod_flags,
+    Flow, ListenerKey, NetRule, OVERLOADED, Pair, PairSlots, PodEntry, PortRule, Role, SocketState,
+    Verdict, WorkerLoad, pod_flags,
 };
 pub use reason::Reason;
 

@@ -82,6 +82,8 @@ reasons! {
     HandshakeTimeout = "handshake_timeout",
     /// Too many handshakes at once.
     HandshakeLimit = "handshake_limit",
+    /// The pod has as many connections as it may have.
+    ConnectionLimit = "connection_limit",
     /// The peer does not speak HTTP/2 as HBONE asks for it.
     ProtocolError = "protocol_error",
     /// The request in the tunnel isn't a CONNECT to `address:port`.

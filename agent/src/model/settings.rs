@@ -84,6 +84,8 @@ pub struct Settings {
     pub connect_timeout: Duration,
     /// A connection without a byte in either direction for so long is reset. `None`: never.
     pub idle_timeout: Option<Duration>,
+    /// Connections and tunnels of the pod that live at once; one more is reset.
+    pub max_connections: u32,
 }
 
 impl Default for Settings {
@@ -105,6 +107,7 @@ impl Default for Settings {
             mesh_connect_timeout: Duration::from_secs(5),
             connect_timeout: Duration::from_secs(5),
             idle_timeout: None,
+            max_connections: 20_000,
         }
     }
 }

@@ -2,10 +2,7 @@
 
 use std::{io, net::TcpListener as StdListener, rc::Rc, time::Duration};
 
-use tokio::{
-    net::{TcpListener, TcpStream},
-    task::spawn_local,
-};
+use tokio::net::{TcpListener, TcpStream};
 
 use super::{
     inbound, outbound,
@@ -14,8 +11,10 @@ use super::{
 use crate::{steer::PodListeners, telemetry::Role};
 use malla_common::Role as Listener;
 
-/// Pause after an error that only time or closed connections can mend.
-const BACK_OFF: Duration = Duration::from_millis(50);
+/// Pause after an error that only time or closed connections can mend; the next ones are twice as
+/// long, up to a limit, until a connection is accepted.
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
 /// Serves each role until the pod's token ends it.
 pub(super) fn serve(worker: &Rc<Worker>, pod: &Rc<PodContext>, listeners: PodListeners) {
@@ -24,7 +23,7 @@ pub(super) fn serve(worker: &Rc<Worker>, pod: &Rc<PodContext>, listeners: PodLis
         (Listener::Inbound, listeners.inbound),
         (Listener::Mesh, listeners.mesh),
     ] {
-        spawn_local(listen(Rc::clone(worker), Rc::clone(pod), role, listener));
+        pod.spawn(listen(Rc::clone(worker), Rc::clone(pod), role, listener));
     }
 }
 
@@ -38,6 +37,7 @@ async fn listen(worker: Rc<Worker>, pod: Rc<PodContext>, role: Listener, listene
         }
     };
     let accepting = pod.accepting.clone();
+    let mut pause = FIRST_PAUSE;
     loop {
         let accepted = tokio::select! {
             biased;
@@ -45,13 +45,16 @@ async fn listen(worker: Rc<Worker>, pod: Rc<PodContext>, role: Listener, listene
             accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok((stream, _)) => start(&worker, &pod, role, stream),
+            Ok((stream, _)) => {
+                pause = FIRST_PAUSE;
+                start(&worker, &pod, role, stream);
+            }
             // The client was gone before it was accepted.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
-                worker.metrics().accept_error(label(role), &error);
-                tracing::warn!(%error, "can't accept a connection");
-                tokio::time::sleep(BACK_OFF).await;
+                worker.accept_failed(label(role), &error);
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(LONGEST_PAUSE);
             }
         }
     }

@@ -1,6 +1,6 @@
 //! The life of a connection to an app: in plaintext, or through a tunnel from another agent.
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc};
+use std::{net::SocketAddr, rc::Rc, sync::Arc, task::Context};
 
 use bytes::Bytes;
 use h2::{RecvStream, server::SendResponse};
@@ -19,13 +19,13 @@ use super::{
     record::{Ends, Record},
     relay::{self, Side},
     tunnel,
-    worker::{PodContext, Worker},
+    worker::{Admitted, PodContext, Worker},
 };
 use crate::{
     identity::{peer_identity, reason_of},
     model::{MtlsMode, SpiffeId, Workload},
     steer::{DialError, to_app},
-    telemetry::{ConnectionLabels, Direction, Failure, NoTls, Security, write_refusal},
+    telemetry::{ConnectionLabels, Direction, Failure, NoTls, Security},
 };
 
 /// A client without an identity: what the pod's mTLS mode says.
@@ -40,8 +40,16 @@ pub(super) async fn serve_plaintext(
     };
     let (source, destination) = (canonical(source), canonical(destination));
     if pod.pod.listener_ports.contains(destination.port()) {
-        return write_refusal(Direction::Inbound, source, destination, Reason::OwnListener);
+        return worker.refuse(Direction::Inbound, source, destination, Reason::OwnListener);
     }
+    let Some(_admitted) = pod.admit() else {
+        return worker.refuse(
+            Direction::Inbound,
+            source,
+            destination,
+            Reason::ConnectionLimit,
+        );
+    };
     pod.pod.dial_ports.met_client(source.port());
     let workload = pod.workload();
     let labels = ConnectionLabels {
@@ -80,6 +88,9 @@ pub(super) async fn serve_mesh(worker: Rc<Worker>, pod: Rc<PodContext>, socket: 
         return;
     };
     let (peer, local) = (canonical(peer), canonical(local));
+    let Some(admitted) = pod.admit() else {
+        return worker.refuse(Direction::Inbound, peer, local, Reason::ConnectionLimit);
+    };
     let shaken = shake_hands(&worker, &pod, socket, peer).await;
     worker.metrics().handshake(
         Direction::Inbound,
@@ -87,7 +98,7 @@ pub(super) async fn serve_mesh(worker: Rc<Worker>, pod: Rc<PodContext>, socket: 
     );
     let (identity, chain, connection) = match shaken {
         Ok(shaken) => shaken,
-        Err(reason) => return write_refusal(Direction::Inbound, peer, local, reason),
+        Err(reason) => return worker.refuse(Direction::Inbound, peer, local, reason),
     };
     let tunnel = Rc::new(InboundTunnel {
         worker,
@@ -99,8 +110,10 @@ pub(super) async fn serve_mesh(worker: Rc<Worker>, pod: Rc<PodContext>, socket: 
     });
     let ended = CancellationToken::new();
     let guard = ended.clone().drop_guard();
-    let serving = Rc::clone(&tunnel).serve(connection, guard);
-    let task = tunnel.pod.spawn(serving);
+    let serving = Rc::clone(&tunnel).serve(connection, (guard, admitted));
+    let Some(task) = tunnel.pod.spawn(serving) else {
+        return;
+    };
     let InboundTunnel {
         worker, pod, cause, ..
     } = &*tunnel;
@@ -125,7 +138,7 @@ async fn shake_hands(
 ) -> Result<(SpiffeId, Chain, Connection), Reason> {
     let _slot = worker
         .handshakes
-        .begin(peer.ip())
+        .begin(pod.pod.id, peer.ip())
         .ok_or(Reason::HandshakeLimit)?;
     let config = worker
         .certificates()
@@ -177,16 +190,31 @@ struct InboundTunnel {
 }
 
 impl InboundTunnel {
-    /// Serves its connections until its end, which dropping `_ended` tells.
-    async fn serve(self: Rc<Self>, mut connection: Connection, _ended: DropGuard) {
+    /// Serves its connections until its end, which dropping what is `held` tells.
+    async fn serve(self: Rc<Self>, mut connection: Connection, held: (DropGuard, Admitted)) {
+        let _held = held;
         let _open = self.worker.metrics().tunnel_opened(Direction::Inbound);
+        let entry = self
+            .worker
+            .inbound_tunnels
+            .enter(self.pod.pod.id, self.peer.ip());
         let silent = tunnel::unanswered(connection.http.ping_pong());
         let Connection { http, flusher } = &mut connection;
         tokio::pin!(silent);
         loop {
+            let turn = |cx: &mut Context<'_>| {
+                entry.load.took_turn();
+                http.poll_accept(cx)
+            };
             let accepted = tokio::select! {
                 biased;
-                accepted = flusher.after(|cx| http.poll_accept(cx)) => accepted,
+                accepted = flusher.after(turn) => accepted,
+                // Said once. The peer opens another tunnel for its next streams, which the kernel
+                // gives to another worker, and this one ends with its last stream.
+                () = entry.load.told_to_leave() => {
+                    http.graceful_shutdown();
+                    continue;
+                }
                 () = &mut silent => {
                     tracing::info!(peer = %self.peer, "a tunnel's peer is silent");
                     return;
@@ -211,9 +239,13 @@ impl InboundTunnel {
         let destination = match self.destination(&request) {
             Ok(destination) => destination,
             Err(refusal) => {
-                write_refusal(Direction::Inbound, self.peer, self.local, refusal.reason);
+                self.refuse(refusal.reason);
                 return answer(&mut respond, refusal.status);
             }
+        };
+        let Some(_admitted) = self.pod.admit() else {
+            self.refuse(Reason::ConnectionLimit);
+            return answer(&mut respond, hbone::UNREACHABLE);
         };
         let workload = self.pod.workload();
         let labels = ConnectionLabels {
@@ -259,6 +291,11 @@ impl InboundTunnel {
         };
         let result = carried.await;
         record.close(result);
+    }
+
+    fn refuse(&self, reason: Reason) {
+        self.worker
+            .refuse(Direction::Inbound, self.peer, self.local, reason);
     }
 
     /// The address to dial: the pod's own, and never a listener of the agent.

@@ -11,11 +11,15 @@ mod cut;
 mod handshakes;
 mod hbone;
 mod inbound;
+mod load;
+mod meter;
 mod outbound;
 mod pool;
 mod record;
+mod refusals;
 mod relay;
 mod tunnel;
+mod turns;
 mod worker;
 
 use std::net::SocketAddr;

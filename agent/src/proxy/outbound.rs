@@ -19,7 +19,7 @@ use super::{
 use crate::{
     model::{Mesh, Workload, ports},
     steer::to_network,
-    telemetry::{ConnectionLabels, Direction, Failure, NoTls, Security, write_refusal},
+    telemetry::{ConnectionLabels, Direction, Failure, NoTls, Security},
 };
 
 /// Tunnels that a connection tries before it is refused.
@@ -44,13 +44,21 @@ pub(super) async fn serve(worker: Rc<Worker>, pod: Rc<PodContext>, mut client: T
     let destination = with_scope(&worker, source, canonical(destination));
     let mesh = worker.mesh();
     if is_own_listener(&pod, &mesh, destination) {
-        return write_refusal(
+        return worker.refuse(
             Direction::Outbound,
             source,
             destination,
             Reason::OwnListener,
         );
     }
+    let Some(_admitted) = pod.admit() else {
+        return worker.refuse(
+            Direction::Outbound,
+            source,
+            destination,
+            Reason::ConnectionLimit,
+        );
+    };
     let route = resolve(&mesh, source.ip(), destination);
     drop(mesh);
     let record = open_record(&worker, &pod, &route, source, destination);

@@ -9,7 +9,7 @@ use std::{
 };
 
 use malla_common::Reason;
-use tokio::{sync::oneshot, task::spawn_local};
+use tokio::sync::oneshot;
 
 use super::{
     hbone,
@@ -134,9 +134,10 @@ fn open_for_waiting(
     let needed = pool.waiting.len().div_ceil(pool.limit);
     while pool.opening < needed {
         pool.opening += 1;
-        let (worker, pod, identity) = (Rc::clone(worker), Rc::clone(pod), identity.clone());
+        let (worker, opener, identity) = (Rc::clone(worker), Rc::clone(pod), identity.clone());
         let tunnels = Rc::clone(tunnels);
-        spawn_local(async move {
+        pod.spawn(async move {
+            let pod = opener;
             let result = tunnel::open(&worker, &pod, destination, &identity).await;
             let mut pool = tunnels.borrow_mut();
             pool.opening -= 1;

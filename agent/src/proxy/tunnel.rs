@@ -234,6 +234,7 @@ pub(super) async fn open(
             () = unanswered(pings) => tracing::info!(peer = %address, "a tunnel's peer is silent"),
         }
     });
+    let task = task.ok_or(Reason::Withdrawn)?;
     let cause = Cause::default();
     cut::when_revoked(worker, pod, (address, chain), task, &cause, ended.clone());
     Ok(Rc::new(Tunnel {

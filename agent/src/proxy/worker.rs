@@ -3,37 +3,44 @@
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
+    io,
+    net::SocketAddr,
     rc::Rc,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
     },
     thread,
-    time::{Duration, Instant},
 };
 
 use anyhow::Context;
 use aya::maps::{Array, HashMap as BpfHashMap, MapData};
 use malla_common::{Flow, Reason, WorkerLoad};
-use nix::time::{ClockId, clock_gettime};
 use tokio::{
+    runtime::{self, LocalOptions},
     sync::{mpsc, watch},
-    task::{AbortHandle, JoinSet, LocalSet},
+    task::AbortHandle,
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{accept, buffers::Buffers, handshakes::Handshakes, pool::Pool};
+use super::{
+    accept,
+    buffers::Buffers,
+    handshakes::Handshakes,
+    load::{self, Board, InboundTunnels},
+    pool::Pool,
+    refusals::Refusals,
+    turns::{Tasks, Turns},
+};
 use crate::{
     identity::Certificates,
     model::{Mesh, Workload},
     steer::{OwnDial, Pod, PodListeners, WorkerHandles},
-    telemetry::{Metrics, WorkerMetrics},
+    telemetry::{Direction, Metrics, Role, WorkerMetrics},
 };
 
 /// Commands that wait for a worker.
 const QUEUE: usize = 1024;
-/// How often a worker says how loaded it is, and looks for idle tunnels.
-const LOAD_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What every worker needs, made once.
 #[derive(Clone)]
@@ -55,6 +62,7 @@ enum Command {
         pod: Arc<Pod>,
         workload: Arc<Workload>,
         listeners: PodListeners,
+        open: Arc<AtomicU32>,
     },
     Update {
         workload: Arc<Workload>,
@@ -76,12 +84,15 @@ impl Workers {
             threads: Vec::new(),
             live,
         };
+        let handles: Vec<WorkerHandles> = handles.into_iter().collect();
+        let board = Arc::new(Board::new(handles.len()));
         for (index, handles) in handles.into_iter().enumerate() {
             let (sender, receiver) = mpsc::channel(QUEUE);
             let (shared, live) = (shared.clone(), Arc::clone(&workers.live));
+            let board = Arc::clone(&board);
             let thread = thread::Builder::new()
                 .name(format!("worker-{index}"))
-                .spawn(move || run(index, shared, handles, live, receiver))
+                .spawn(move || run(index, shared, board, handles, live, receiver))
                 .context("can't start a worker thread")?;
             workers.commands.push(sender);
             workers.threads.push(thread);
@@ -96,13 +107,16 @@ impl Workers {
         workload: &Arc<Workload>,
         listeners: Vec<PodListeners>,
     ) {
+        let open = Arc::<AtomicU32>::default();
         for (worker, listeners) in self.commands.iter().zip(listeners) {
             let (pod, workload) = (Arc::clone(pod), Arc::clone(workload));
+            let open = Arc::clone(&open);
             let _ = worker
                 .send(Command::Add {
                     pod,
                     workload,
                     listeners,
+                    open,
                 })
                 .await;
         }
@@ -159,6 +173,10 @@ pub(super) struct Worker {
     pub(super) buffers: Buffers,
     pub(super) pool: Pool,
     pub(super) handshakes: Handshakes,
+    pub(super) inbound_tunnels: InboundTunnels,
+    pub(super) board: Arc<Board>,
+    refusals: Refusals,
+    turns: Turns,
     pods: RefCell<HashMap<u32, Rc<PodContext>>>,
     connections: Cell<u32>,
     live: Arc<AtomicU32>,
@@ -170,9 +188,11 @@ pub(super) struct PodContext {
     workload: RefCell<Arc<Workload>>,
     /// Ends the listeners.
     pub(super) accepting: CancellationToken,
-    /// Connections and tunnels. Aborted when the pod is withdrawn: a token would have to be looked
-    /// at whenever one of them wakes.
-    tasks: RefCell<JoinSet<()>>,
+    /// Listeners, connections and tunnels. Dropped when the pod is withdrawn: a token would have to
+    /// be looked at whenever one of them wakes.
+    tasks: Tasks,
+    /// What all workers have accepted for it that lives.
+    open: Arc<AtomicU32>,
     withdrawn: Cell<bool>,
 }
 
@@ -183,12 +203,17 @@ impl PodContext {
     }
 
     /// Runs a connection or tunnel of this pod, until its end or the pod's.
-    pub(super) fn spawn(&self, task: impl Future<Output = ()> + 'static) -> AbortHandle {
-        let mut tasks = self.tasks.borrow_mut();
-        let handle = tasks.spawn_local(task);
-        // Forgets those that have ended.
-        while tasks.try_join_next().is_some() {}
-        handle
+    /// None where the pod has gone already.
+    pub(super) fn spawn(&self, task: impl Future<Output = ()> + 'static) -> Option<AbortHandle> {
+        self.tasks.spawn(task)
+    }
+
+    /// A place for one more connection or tunnel. None when the pod has as many as it may have.
+    pub(super) fn admit(&self) -> Option<Admitted> {
+        let limit = self.workload.borrow().settings.max_connections;
+        let admitted = Admitted(Arc::clone(&self.open));
+        // Counts itself, and goes again where that is one too many.
+        (self.open.fetch_add(1, Ordering::Relaxed) < limit).then_some(admitted)
     }
 
     /// Why a connection of this pod that is cut ends.
@@ -199,11 +224,14 @@ impl PodContext {
             Reason::Shutdown
         }
     }
+}
 
-    fn withdraw(&self) {
-        self.withdrawn.set(true);
-        self.accepting.cancel();
-        self.tasks.borrow_mut().abort_all();
+/// One of the connections and tunnels that a pod may have.
+pub(super) struct Admitted(Arc<AtomicU32>);
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -243,19 +271,57 @@ impl Worker {
         }
     }
 
+    /// Connections of this worker that live.
+    pub(super) fn connections(&self) -> u32 {
+        self.connections.get()
+    }
+
+    /// Counts and writes that a connection was refused before anything but its ends was known.
+    pub(super) fn refuse(
+        &self,
+        direction: Direction,
+        source: SocketAddr,
+        destination: SocketAddr,
+        reason: Reason,
+    ) {
+        self.metrics().refused(direction, reason);
+        self.refusals.write(direction, source, destination, reason);
+    }
+
+    /// Counts and writes that no connection could be accepted.
+    pub(super) fn accept_failed(&self, role: Role, error: &io::Error) {
+        self.metrics().accept_error(role, error);
+        self.refusals.accept_failed(role, error);
+    }
+
+    /// Tells the kernel how loaded this worker is, for the choice of the next connection's worker.
+    pub(super) fn tell_kernel(&self, index: usize, load: WorkerLoad) -> bool {
+        // At most `MAX_WORKERS`.
+        let slot = u32::try_from(index).unwrap_or(0);
+        self.loads.borrow_mut().set(slot, load, 0).is_ok()
+    }
+
+    /// What is done now and then.
+    pub(super) fn at_interval(&self) {
+        self.pool.sweep();
+        self.refusals.sum_up();
+    }
+
     fn obey(self: &Rc<Self>, command: Command) {
         match command {
             Command::Add {
                 pod,
                 workload,
                 listeners,
+                open,
             } => {
                 let id = pod.id;
                 let context = Rc::new(PodContext {
                     pod,
                     workload: RefCell::new(workload),
                     accepting: CancellationToken::new(),
-                    tasks: RefCell::default(),
+                    tasks: self.turns.add(),
+                    open,
                     withdrawn: Cell::new(false),
                 });
                 accept::serve(self, &context, listeners);
@@ -272,7 +338,8 @@ impl Worker {
             }
             Command::Remove { pod } => {
                 if let Some(context) = self.pods.borrow_mut().remove(&pod) {
-                    context.withdraw();
+                    context.withdrawn.set(true);
+                    self.turns.remove(&context.tasks);
                 }
                 self.pool.remove_pod(pod);
             }
@@ -288,13 +355,16 @@ impl Worker {
 fn run(
     index: usize,
     shared: Shared,
+    board: Arc<Board>,
     handles: WorkerHandles,
     live: Arc<AtomicU32>,
     mut commands: mpsc::Receiver<Command>,
 ) {
-    let runtime = match tokio::runtime::Builder::new_current_thread()
+    let runtime = match runtime::Builder::new_current_thread()
         .enable_all()
-        .build()
+        // How long tasks run before sockets are looked at is for `turns` to say.
+        .event_interval(1)
+        .build_local(LocalOptions::default())
     {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -312,18 +382,25 @@ fn run(
         buffers: Buffers::default(),
         pool: Pool::default(),
         handshakes: Handshakes::default(),
+        inbound_tunnels: InboundTunnels::default(),
+        board,
+        refusals: Refusals::default(),
+        turns: Turns::default(),
         pods: RefCell::default(),
         connections: Cell::new(0),
         live,
         shared,
     });
-    let tasks = LocalSet::new();
-    tasks.spawn_local(follow_mesh(Rc::clone(&worker)));
-    tasks.spawn_local(tell_load(Rc::clone(&worker), index));
-    tasks.block_on(&runtime, async {
+    runtime.spawn_local(follow_mesh(Rc::clone(&worker)));
+    runtime.spawn_local(load::watch(Rc::clone(&worker), index));
+    let driven = Rc::clone(&worker);
+    runtime.spawn_local(async move { driven.turns.run().await });
+    runtime.block_on(async {
         while let Some(command) = commands.recv().await {
             worker.obey(command);
         }
+        // They hold the worker that holds them.
+        worker.turns.clear();
     });
 }
 
@@ -333,38 +410,4 @@ async fn follow_mesh(worker: Rc<Worker>) {
         *worker.mesh.borrow_mut() = Arc::clone(&mesh.borrow_and_update());
         worker.series.borrow_mut().forget();
     }
-}
-
-/// Tells the kernel how loaded this worker is, for the choice of the next connection's worker.
-async fn tell_load(worker: Rc<Worker>, index: usize) {
-    let mut told = WorkerLoad::default();
-    let mut before = (Instant::now(), thread_time());
-    let mut ticks = tokio::time::interval(LOAD_INTERVAL);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        ticks.tick().await;
-        worker.pool.sweep();
-        let now = (Instant::now(), thread_time());
-        let wall = (now.0 - before.0).as_micros().max(1);
-        let busy = now.1.saturating_sub(before.1).as_micros() * 100 / wall;
-        before = now;
-        // Steps of ten, so that an idle worker writes nothing.
-        let busy_percent = u32::try_from(busy.min(100)).unwrap_or(100) / 10 * 10;
-        let load = WorkerLoad {
-            connections: worker.connections.get(),
-            busy_percent,
-        };
-        if load != told {
-            // At most `MAX_WORKERS`.
-            let slot = u32::try_from(index).unwrap_or(0);
-            if worker.loads.borrow_mut().set(slot, load, 0).is_ok() {
-                told = load;
-            }
-        }
-    }
-}
-
-/// Processor time that this thread has used.
-fn thread_time() -> Duration {
-    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }

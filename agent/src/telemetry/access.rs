@@ -83,8 +83,15 @@ impl AccessRecord<'_> {
 }
 
 /// Writes that a connection was refused before anything but its addresses was known: a failed
-/// handshake, say. As with ztunnel at level warn, and with fewer keys.
-pub fn write_refusal(direction: Direction, src: SocketAddr, dst: SocketAddr, reason: Reason) {
+/// handshake, say. As with ztunnel at level warn, and with fewer keys. `left_out` is how many like it
+/// had no line, so that a flood can't fill the log.
+pub fn write_refusal(
+    direction: Direction,
+    src: SocketAddr,
+    dst: SocketAddr,
+    reason: Reason,
+    left_out: u64,
+) {
     tracing::event!(
         target: TARGET,
         Level::WARN,
@@ -92,6 +99,7 @@ pub fn write_refusal(direction: Direction, src: SocketAddr, dst: SocketAddr, rea
         dst.addr = %dst,
         direction = direction.as_str(),
         error = reason.as_str(),
+        left_out = (left_out > 0).then_some(left_out),
         "connection failed"
     );
 }
@@ -189,18 +197,24 @@ mod tests {
     }
 
     #[test]
-    fn an_early_refusal_says_who_and_why() {
-        let line = captured(LogFormat::Text, "info", || {
-            let (src, dst) = ("10.1.0.2:40000", "10.1.1.3:15008");
-            let (src, dst) = (src.parse().unwrap(), dst.parse().unwrap());
-            write_refusal(Direction::Inbound, src, dst, Reason::UntrustedCertificate);
-        });
-        let (_time, rest) = line.split_once('\t').unwrap();
-        assert_eq!(
-            rest,
-            "warn\taccess\tconnection failed\tsrc.addr=10.1.0.2:40000 dst.addr=10.1.1.3:15008 \
-             direction=\"inbound\" error=\"untrusted_certificate\"\n"
-        );
+    fn an_early_refusal_says_who_and_why_and_how_many_like_it_have_no_line() {
+        for (left_out, said) in [(0, ""), (999, " left_out=999")] {
+            let line = captured(LogFormat::Text, "info", || {
+                let (src, dst) = ("10.1.0.2:40000", "10.1.1.3:15008");
+                let (src, dst) = (src.parse().unwrap(), dst.parse().unwrap());
+                let reason = Reason::UntrustedCertificate;
+                write_refusal(Direction::Inbound, src, dst, reason, left_out);
+            });
+            let (_time, rest) = line.split_once('\t').unwrap();
+            assert_eq!(
+                rest,
+                format!(
+                    "warn\taccess\tconnection failed\tsrc.addr=10.1.0.2:40000 \
+                     dst.addr=10.1.1.3:15008 direction=\"inbound\" \
+                     error=\"untrusted_certificate\"{said}\n"
+                )
+            );
+        }
     }
 
     #[test]

@@ -24,6 +24,7 @@ use super::{
     errno_label,
     identity::IdentityMetrics,
     kernel,
+    load::LoadMetrics,
     logging::DroppedLines,
     process,
     transport::{self, Transports, WorkerMetrics},
@@ -73,6 +74,7 @@ pub struct Metrics {
     handshakes: IntCounterVec,
     tunnels: IntCounterVec,
     tunnels_open: IntGaugeVec,
+    pub(super) load: LoadMetrics,
     discovery_reloads: IntCounterVec,
     source_replaced: IntCounter,
     accept_errors: IntCounterVec,
@@ -127,6 +129,7 @@ impl Metrics {
                     &["direction"],
                 )),
             ),
+            load: LoadMetrics::new(&registry),
             discovery_reloads: counters(
                 &registry,
                 "malla_discovery_reloads_total",

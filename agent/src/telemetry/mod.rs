@@ -14,6 +14,7 @@ mod collector;
 mod fixtures;
 mod identity;
 mod kernel;
+mod load;
 mod logging;
 mod metrics;
 mod process;

@@ -192,6 +192,10 @@ pub(super) struct SettingsSection {
     /// A connection without a byte in either direction for so long is reset. `never` turns it off
     /// where a wider level sets it. Default: `never`.
     pub(super) idle_timeout: Option<At<DurationText>>,
+    /// Connections that the pod may have at once, tunnels from other agents among them, at least
+    /// 1; one more is reset. Default: 20000.
+    #[schemars(range(min = 1))]
+    pub(super) max_connections: Option<At<u32>>,
 }
 
 /// A duration as the file writes it.
@@ -298,7 +302,7 @@ mod tests {
         assert_eq!(
             names.join(" "),
             "addresses bpffs certificateLifetime cgroup connectTimeout dialPorts directory failMode \
-             identity idleTimeout interfaces labels mesh meshConnectTimeout mtls name namespace \
+             identity idleTimeout interfaces labels maxConnections mesh meshConnectTimeout mtls name namespace \
              namespaces nested netns node nodes port ports serviceAccount settings \
              skipInboundPorts skipInboundSubnets skipOutboundPorts skipOutboundSubnets \
              trustDomain workloads"

@@ -78,6 +78,15 @@ pub(super) fn resolve(
         },
     );
     set(&mut settings.idle_timeout, idle_timeout);
+    let max_connections = checker.optional(
+        section.max_connections.as_ref(),
+        &format_args!("{path}.maxConnections"),
+        |number| match number {
+            0 => Err("a pod without connections is no part of a mesh; write at least 1".to_owned()),
+            number => Ok(*number),
+        },
+    );
+    set(&mut settings.max_connections, max_connections);
     settings
 }
 

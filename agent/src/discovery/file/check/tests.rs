@@ -45,6 +45,7 @@ workloads:
       meshConnectTimeout: 2s
       connectTimeout: 500ms
       idleTimeout: 1h
+      maxConnections: 300
 "#;
 
 const NODE: &str = "nodes:
@@ -117,6 +118,7 @@ fn every_field_of_the_format_is_taken() {
             mesh_connect_timeout: Duration::from_secs(2),
             connect_timeout: Duration::from_millis(500),
             idle_timeout: Some(Duration::from_hours(1)),
+            max_connections: 300,
         }
     );
     assert_eq!(

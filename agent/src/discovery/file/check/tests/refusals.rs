@@ -259,6 +259,10 @@ fn settings_are_checked() {
             "idleTimeout: 11years",
             "idleTimeout: 11years is longer than ten years",
         ),
+        (
+            "maxConnections: 0",
+            "maxConnections: a pod without connections is no part of a mesh; write at least 1",
+        ),
     ] {
         let text = format!("nodes: []\nworkloads: []\nsettings:\n  {setting}");
         assert_eq!(

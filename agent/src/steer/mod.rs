@@ -8,6 +8,8 @@ mod diag;
 mod dial;
 mod dial_ports;
 mod ebpf_log;
+mod enrol;
+mod enrolment;
 mod listeners;
 mod netns;
 mod network;
@@ -28,9 +30,10 @@ use aya::maps::{Array, HashMap as BpfHashMap, MapData};
 use malla_common::{Counter, Flow, WorkerLoad};
 
 pub use dial::{DialError, OwnDial, end_orderly, to_app, to_network};
+pub use enrolment::Enrolment;
 pub use listeners::PodListeners;
 pub use netns::Netns;
-pub use pod::{Enrolment, Pod};
+pub use pod::Pod;
 pub use programs::ProgramsError;
 
 use self::{netns::NetnsId, programs::Programs};
@@ -145,8 +148,8 @@ impl Steering {
             };
             for name in names.flatten() {
                 let id = WorkloadId {
-                    namespace: pod::name_of_pin(&namespace.file_name()),
-                    name: pod::name_of_pin(&name.file_name()),
+                    namespace: enrol::name_of_pin(&namespace.file_name()),
+                    name: enrol::name_of_pin(&name.file_name()),
                 };
                 if !keep(&id) {
                     tracing::info!(workload = %id, "removing the links of a workload that is gone");

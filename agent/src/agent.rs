@@ -23,7 +23,7 @@ use crate::{
     identity::{Certificates, EmbeddedAuthority},
     model::{Mesh, Node, Workload, WorkloadId},
     proxy::{Shared, Workers},
-    steer::{EbpfLog, Enrolment, Steering},
+    steer::{EbpfLog, Enrolment, Steering, TcMethod},
     telemetry::{self, KernelCount, Metrics, Readiness, ReadinessTask},
 };
 
@@ -40,6 +40,7 @@ pub struct Options {
     pub config: PathBuf,
     pub node: String,
     pub ebpf_log: EbpfLog,
+    pub tc_method: TcMethod,
     pub drain_limit: Duration,
     pub workers: Option<u16>,
 }
@@ -63,7 +64,7 @@ pub async fn run(options: Options, metrics: Arc<Metrics>) -> anyhow::Result<()> 
     };
     // The cgroup comes before every socket.
     let workers = options.workers.unwrap_or_else(default_workers);
-    let steering = Steering::start(&node, workers, options.ebpf_log)?;
+    let steering = Steering::start(&node, workers, options.ebpf_log, options.tc_method)?;
     let readiness = Readiness::default();
     let mut agent = Agent::start(
         &options, &discovery, &node, steering, workers, metrics, &readiness,
@@ -154,7 +155,7 @@ impl Agent {
     async fn follow(&mut self, mut mesh: watch::Receiver<Arc<Mesh>>) -> anyhow::Result<()> {
         let mut current = Arc::clone(&mesh.borrow_and_update());
         let ids: Vec<&WorkloadId> = current.enrolled_on(&self.node).map(|w| &w.id).collect();
-        self.steering.remove_leftovers(|id| ids.contains(&id));
+        self.steering.remove_leftovers(|id| ids.contains(&id)).await;
         self.apply(discovery::changes(&Mesh::default(), &current, &self.node))
             .await;
         self.wait_for_certificates(&current).await;
@@ -251,12 +252,14 @@ impl Agent {
 
     async fn withdraw(&mut self, workload: &Workload) {
         self.failed.remove(&workload.id);
-        self.steering.forget(&workload.id);
-        let Some(enrolment) = self.enrolled.remove(&workload.id) else {
-            return;
-        };
-        self.workers.remove(enrolment.pod()).await;
-        enrolment.withdraw().await;
+        match self.enrolled.remove(&workload.id) {
+            Some(enrolment) => {
+                self.workers.remove(enrolment.pod()).await;
+                self.steering.withdraw(enrolment).await;
+            }
+            // Its enrolment failed, but an earlier agent may have enrolled it.
+            None => self.steering.remove(&workload.id).await,
+        }
         let identity = &workload.identity;
         let used = self
             .shared

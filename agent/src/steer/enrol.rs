@@ -1,9 +1,11 @@
 //! The enrolment of one pod: what is checked, and what is set up in its netns.
+//!
+//! An enrolment that fails leaves nothing of its own. But a pod that an earlier agent enrolled
+//! stays as that one left it, closed, until it is enrolled or withdrawn.
 
 use std::{
     collections::HashSet,
-    ffi::OsStr,
-    fs, io,
+    io,
     net::IpAddr,
     os::fd::AsRawFd,
     path::{Path, PathBuf},
@@ -11,22 +13,25 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use malla_common::{Address, ListenerKey, Role};
+use malla_common::{ListenerKey, Role};
 
 use super::{
     Steering,
+    attach::Hook,
     dial_ports::DialPorts,
     enrolment::Enrolment,
+    inherited::Inherited,
     listeners::{self, ListenerPorts, PodListeners},
     lock,
     netns::Netns,
-    network::{Network, NetworkError},
+    network::{LOOPBACK, Network, NetworkError},
     pod::Pod,
-    programs::{self, Hook, Programs, ProgramsError},
+    programs::{Programs, ProgramsError},
+    record::{self, Record},
     routes::Routes,
-    rules::PodRules,
+    routing,
 };
-use crate::model::{Workload, WorkloadId};
+use crate::model::{Settings, Workload, WorkloadId};
 
 /// Why a pod can't be enrolled.
 #[derive(Debug, thiserror::Error)]
@@ -45,13 +50,13 @@ pub enum EnrolError {
     },
     #[error("no port is left for the agent's listeners beside the pod's own")]
     NoPort,
-    #[error("can't listen in its netns: {0} (does the app listen on port 15008?)")]
+    #[error("can't listen in its netns: {0}")]
     Listen(io::Error),
     #[error(transparent)]
     Network(#[from] NetworkError),
     #[error(transparent)]
     Programs(#[from] ProgramsError),
-    #[error("the agent already has as many pods as its maps hold")]
+    #[error("the agent already has as many pods as there are numbers")]
     TooMany,
 }
 
@@ -71,64 +76,33 @@ impl EnrolError {
         }
     }
 }
+
 impl Steering {
     /// Enrols a pod: its traffic goes to the listeners that are handed back, one set for each
-    /// worker. When it fails the pod is left as it was, or closed.
+    /// worker.
     pub async fn enrol(
         &mut self,
         workload: &Workload,
     ) -> Result<(Enrolment, Vec<PodListeners>), EnrolError> {
-        let path = workload.netns.as_deref().unwrap_or(Path::new(""));
-        let netns = Netns::open(path).map_err(|source| EnrolError::Netns {
-            path: path.to_owned(),
-            source,
-        })?;
-        if netns.id() == self.home.id() {
-            return Err(EnrolError::HostNetns(path.to_owned()));
-        }
-        if let Some(owner) = self.netns_owners.get(&netns.id())
-            && *owner != workload.id
-        {
-            return Err(EnrolError::SharedNetns {
-                path: path.to_owned(),
-                owner: owner.clone(),
-            });
-        }
+        let netns = self.open(workload)?;
         let (network, changes) = Network::open(&netns, &self.home)?;
-        let found = network.addresses().await?;
-        if let Some(address) = workload
-            .addresses
-            .iter()
-            .find(|address| !found.contains(address))
-        {
-            let (address, path) = (*address, path.to_owned());
-            return Err(EnrolError::AddressAbsent {
-                address,
-                path,
-                found,
-            });
-        }
+        check_addresses(&network, workload).await?;
+        let pins = record::folder(&self.links, &workload.id, netns.id());
+        self.bury_others(&workload.id, &pins).await;
 
-        let id = self
-            .pod_number(&workload.addresses)
-            .ok_or(EnrolError::TooMany)?;
-        let (listener_ports, listeners) = self.listen(&netns, workload)?;
-        let taken = taken_ports(&netns, &self.home);
-        let declared: Vec<u16> = workload.ports.iter().map(|port| port.port).collect();
-        let range = workload.settings.dial_ports;
-        let dial_ports = netns
-            .enter(&self.home, || {
-                DialPorts::new(range, |port| {
-                    listener_ports.contains(port)
-                        || declared.contains(&port)
-                        || taken.contains(&port)
-                })
-            })
-            .and_then(|result| result)
-            .map_err(|source| EnrolError::Netns {
-                path: path.to_owned(),
-                source,
-            })?;
+        let earlier = Record::read(&pins);
+        let (listener_ports, listeners, dial_ports, accept_local) =
+            self.open_sockets(&netns, workload)?;
+        let record = Record {
+            pod: match &earlier {
+                Some(earlier) => earlier.pod,
+                None => self.free_number()?,
+            },
+            accept_local: earlier.as_ref().map_or(accept_local, |r| r.accept_local),
+            netns: netns.id(),
+            path: workload.netns.clone().unwrap_or_default(),
+        };
+        let id = record.pod;
         let pod = Arc::new(Pod {
             id,
             netns,
@@ -138,76 +112,122 @@ impl Steering {
             routes: Routes::default(),
             addresses: ArcSwap::default(),
         });
-
-        let pins = self
-            .links
-            .join(pin_name(&workload.id.namespace))
-            .join(pin_name(&workload.id.name));
-        programs::make_folder(&pins)?;
-        let programs = Arc::clone(&self.programs);
-        let enrolment = Enrolment::new(workload.id.clone(), &pod, network, programs, pins);
-        enrolment.network().route_steered().await?;
-        enrolment.assume(PodRules::in_force(id, lock(&self.programs).maps()));
-        enrolment.update(&workload.settings)?;
+        self.numbers.insert(id);
+        let enrolment = Enrolment::new(
+            workload.id.clone(),
+            &pod,
+            network,
+            Arc::clone(&self.programs),
+            pins,
+            record,
+            self.inherited.remove(&id).unwrap_or_default(),
+        );
+        if let Err(error) = self
+            .set_up(&enrolment, &workload.settings, &listeners)
+            .await
         {
-            let mut programs = lock(&self.programs);
-            insert_listeners(&mut programs, id, &listeners)?;
-            programs.attach_lookup(&pod.netns, enrolment.pins())?;
-            pod.netns
-                .enter(&self.home, || {
-                    programs.attach(Hook::Loopback, "lo", 1, enrolment.pins())
-                })
-                .map_err(|source| EnrolError::Netns {
-                    path: path.to_owned(),
-                    source,
-                })??;
+            if earlier.is_none() {
+                self.withdraw(enrolment).await;
+            } else {
+                let left = Inherited::all(lock(&self.programs).maps()).remove(&id);
+                self.inherited.insert(id, left.unwrap_or_default());
+            }
+            return Err(error);
         }
-        enrolment.refresh().await?;
         self.netns_owners
             .insert(pod.netns.id(), workload.id.clone());
         Ok((enrolment.watched(changes), listeners))
     }
 
-    /// The number that an earlier agent gave to this pod, which its pinned state knows it by, or
-    /// the next free one.
-    fn pod_number(&self, addresses: &[IpAddr]) -> Option<u32> {
-        let mut programs = lock(&self.programs);
-        let pods = &programs.maps().pods;
-        if let Some(entry) = addresses
-            .iter()
-            .find_map(|address| pods.get(&Address::from(*address), 0).ok())
-        {
-            return Some(entry.pod);
+    /// Opens the netns of a workload, which must be its own.
+    fn open(&self, workload: &Workload) -> Result<Netns, EnrolError> {
+        let path = workload.netns.as_deref().unwrap_or(Path::new(""));
+        let netns = Netns::open(path).map_err(netns_error(path))?;
+        if netns.id() == self.home.id() {
+            return Err(EnrolError::HostNetns(path.to_owned()));
         }
-        let used: HashSet<u32> = pods.iter().flatten().map(|(_, entry)| entry.pod).collect();
-        (1..u32::MAX).find(|number| !used.contains(number))
+        match self.netns_owners.get(&netns.id()) {
+            Some(owner) if *owner != workload.id => Err(EnrolError::SharedNetns {
+                path: path.to_owned(),
+                owner: owner.clone(),
+            }),
+            _ => Ok(netns),
+        }
     }
 
-    fn listen(
+    fn free_number(&self) -> Result<u32, EnrolError> {
+        (1..u32::MAX)
+            .find(|number| !self.numbers.contains(number))
+            .ok_or(EnrolError::TooMany)
+    }
+
+    /// Makes the agent's sockets in the pod's netns, clear of the pod's own ports. Also says
+    /// whether `accept_local` is set there.
+    fn open_sockets(
         &self,
         netns: &Netns,
         workload: &Workload,
-    ) -> Result<(ListenerPorts, Vec<PodListeners>), EnrolError> {
-        let declared: Vec<u16> = workload.ports.iter().map(|port| port.port).collect();
-        let workers = self.workers;
-        netns
-            .enter(&self.home, || {
-                let ephemeral = listeners::ephemeral_ports();
-                let dial = workload.settings.dial_ports;
-                let ports = listeners::choose_ports(&ephemeral, &declared, dial)
-                    .ok_or(EnrolError::NoPort)?;
-                let listeners = (0..workers)
-                    .map(|_| listeners::bind(ports))
-                    .collect::<io::Result<Vec<_>>>()
-                    .map_err(EnrolError::Listen)?;
-                Ok((ports, listeners))
-            })
-            .map_err(EnrolError::Listen)?
+    ) -> Result<(ListenerPorts, Vec<PodListeners>, DialPorts, bool), EnrolError> {
+        let declared: HashSet<u16> = workload.ports.iter().map(|port| port.port).collect();
+        let range = workload.settings.dial_ports;
+        let path = workload.netns.as_deref().unwrap_or(Path::new(""));
+        let open = || {
+            let mut taken: HashSet<u16> = listeners::local_ports()
+                .into_iter()
+                .map(|(port, _)| port)
+                .collect();
+            taken.extend(&declared);
+            let ephemeral = listeners::ephemeral_ports();
+            let free = listeners::choose_ports(&ephemeral, range, |port| taken.contains(&port))
+                .ok_or(EnrolError::NoPort)?;
+            let (ports, sets) = listeners::bind(self.workers, free).map_err(EnrolError::Listen)?;
+            let dial = DialPorts::new(range, |port| ports.contains(port) || taken.contains(&port))
+                .map_err(netns_error(path))?;
+            Ok((ports, sets, dial, routing::accepts_local()))
+        };
+        netns.enter(&self.home, open).map_err(netns_error(path))?
     }
 
-    /// Forgets a pod that was withdrawn or is gone.
-    pub fn forget(&mut self, workload: &WorkloadId) {
-        self.netns_owners.retain(|_, owner| owner != workload);
+    async fn set_up(
+        &self,
+        enrolment: &Enrolment,
+        settings: &Settings,
+        listeners: &[PodListeners],
+    ) -> Result<(), EnrolError> {
+        let pod = enrolment.pod();
+        enrolment.make_folder()?;
+        enrolment.network().route_steered().await?;
+        enrolment.update(settings)?;
+        {
+            let mut programs = lock(&self.programs);
+            insert_listeners(&mut programs, pod.id, listeners)?;
+            programs.attach_lookup(&pod.netns, enrolment.pins())?;
+            let attach = || programs.attach(Hook::Loopback, "lo", LOOPBACK, enrolment.pins());
+            pod.netns
+                .enter(&self.home, attach)
+                .map_err(netns_error(Path::new("lo")))??;
+        }
+        enrolment.refresh().await
+    }
+}
+
+/// Whether the netns has each address that the workload is said to have.
+async fn check_addresses(network: &Network, workload: &Workload) -> Result<(), EnrolError> {
+    let found = network.addresses().await?;
+    match workload.addresses.iter().find(|a| !found.contains(a)) {
+        None => Ok(()),
+        Some(address) => Err(EnrolError::AddressAbsent {
+            address: *address,
+            path: workload.netns.clone().unwrap_or_default(),
+            found,
+        }),
+    }
+}
+
+fn netns_error(path: &Path) -> impl Fn(io::Error) -> EnrolError {
+    move |source| EnrolError::Netns {
+        path: path.to_owned(),
+        source,
     }
 }
 
@@ -237,50 +257,4 @@ fn insert_listeners(
         }
     }
     Ok(())
-}
-/// Ports that the pod's sockets are bound to now, for the agent to keep clear of.
-fn taken_ports(netns: &Netns, home: &Netns) -> HashSet<u16> {
-    let read = || {
-        ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"]
-            .into_iter()
-            .filter_map(|path| fs::read_to_string(path).ok())
-            .flat_map(|table| local_ports(&table))
-            .collect()
-    };
-    netns.enter(home, read).unwrap_or_default()
-}
-
-/// The local ports of a table like /proc/net/tcp: `sl: ADDRESS:PORT …`, in hexadecimal.
-fn local_ports(table: &str) -> Vec<u16> {
-    table
-        .lines()
-        .skip(1)
-        .filter_map(|line| line.split_whitespace().nth(1)?.rsplit(':').next())
-        .filter_map(|port| u16::from_str_radix(port, 16).ok())
-        .collect()
-}
-/// bpffs allows no dots in names; neither does a Kubernetes name have an underscore.
-fn pin_name(name: &str) -> String {
-    name.replace('.', "_")
-}
-
-pub(super) fn name_of_pin(pin: &OsStr) -> String {
-    pin.to_string_lossy().replace('_', ".")
-}
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bound_ports_are_read_from_the_kernels_table() {
-        let table = "  sl  local_address rem_address   st\n   \
-                     0: 0100007F:1F90 00000000:0000 0A 00000000:00000000\n   \
-                     1: 00000000000000000000000000000000:0016 00:0 0A\n";
-        assert_eq!(local_ports(table), [8080, 22]);
-    }
-
-    #[test]
-    fn a_pins_name_reads_back() {
-        assert_eq!(name_of_pin(OsStr::new(&pin_name("web.v1-0"))), "web.v1-0");
-    }
 }

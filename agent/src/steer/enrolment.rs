@@ -3,34 +3,42 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fs, io,
     net::IpAddr,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use malla_common::Address;
+use malla_common::{Address, PodEntry};
 use tokio::task::JoinHandle;
 
 use super::{
+    attach::Hook,
     enrol::EnrolError,
+    inherited::Inherited,
     lock,
     network::{Changes, Interface, Network},
     pod::Pod,
-    programs::{Hook, Programs, ProgramsError},
+    programs::{self, Programs, ProgramsError},
+    record::Record,
     rules::PodRules,
+    withdraw,
 };
 use crate::model::{InterfaceMode, Settings, WorkloadId};
 
 /// A pod that is steered. Dropping it ends the watch and leaves the pod closed.
 pub struct Enrolment {
+    inner: Arc<Inner>,
+    watch: JoinHandle<()>,
+}
+
+struct Inner {
     workload: WorkloadId,
     pod: Arc<Pod>,
-    state: Arc<Mutex<State>>,
-    network: Arc<Network>,
+    network: Network,
     programs: Arc<Mutex<Programs>>,
     pins: PathBuf,
-    watch: JoinHandle<()>,
+    record: Record,
+    state: Mutex<State>,
 }
 
 /// What is in force, to be compared with what should be.
@@ -40,8 +48,18 @@ struct State {
     interface_mode: InterfaceMode,
     /// Addresses that stand in the pod map.
     addresses: HashSet<IpAddr>,
-    /// Interfaces that are steered, and those that can't be.
-    steered: HashMap<u32, bool>,
+    /// Interfaces by index.
+    interfaces: HashMap<u32, Steered>,
+}
+
+/// What became of an interface.
+#[derive(Debug)]
+struct Steered {
+    /// Why its programs couldn't be attached.
+    failure: Option<String>,
+    /// Whether steered packets to link-local addresses find their way. The kernel forgets that
+    /// when the interface is set down.
+    routed: bool,
 }
 
 impl Drop for Enrolment {
@@ -49,90 +67,82 @@ impl Drop for Enrolment {
         self.watch.abort();
     }
 }
+
 impl Enrolment {
-    /// A pod of which nothing is set up yet.
+    /// A pod of which nothing is set up yet but what was inherited.
     pub(super) fn new(
         workload: WorkloadId,
         pod: &Arc<Pod>,
         network: Network,
         programs: Arc<Mutex<Programs>>,
         pins: PathBuf,
+        record: Record,
+        inherited: Inherited,
     ) -> Self {
-        Self {
+        let state = State {
+            rules: inherited.rules,
+            addresses: inherited.addresses,
+            ..State::default()
+        };
+        let inner = Inner {
             workload,
             pod: Arc::clone(pod),
-            state: Arc::default(),
-            network: Arc::new(network),
+            network,
             programs,
             pins,
+            record,
+            state: Mutex::new(state),
+        };
+        Self {
+            inner: Arc::new(inner),
             watch: tokio::spawn(std::future::ready(())),
         }
     }
 
-    /// Takes `rules` for what an earlier agent left in the maps: it is replaced, not kept.
-    pub(super) fn assume(&self, rules: PodRules) {
-        self.state().rules = rules;
-    }
-
-    pub(super) fn pins(&self) -> &Path {
-        &self.pins
-    }
-
-    pub(super) fn network(&self) -> &Network {
-        &self.network
+    pub fn workload(&self) -> &WorkloadId {
+        &self.inner.workload
     }
 
     pub fn pod(&self) -> &Arc<Pod> {
-        &self.pod
+        &self.inner.pod
+    }
+
+    pub(super) fn pins(&self) -> &Path {
+        &self.inner.pins
+    }
+
+    pub(super) fn network(&self) -> &Network {
+        &self.inner.network
+    }
+
+    /// Makes the folder of pins and writes the record that an agent to come will want.
+    pub(super) fn make_folder(&self) -> Result<(), ProgramsError> {
+        let pins = &self.inner.pins;
+        programs::make_folder(pins)?;
+        let written = self.inner.record.write(pins);
+        written.map_err(|source| ProgramsError::Pin {
+            path: pins.clone(),
+            source,
+        })
     }
 
     /// Puts changed settings in force for new connections.
     pub fn update(&self, settings: &Settings) -> Result<(), ProgramsError> {
-        let mut state = self.state();
-        let rules = PodRules::new(self.pod.id, settings);
-        let mut programs = lock(&self.programs);
-        let maps = programs.maps();
-        rules
-            .replace(&state.rules, maps)
-            .map_err(|source| ProgramsError::Map {
-                name: "PORT_RULES",
-                source,
-            })?;
-        let entry = rules.entry(self.pod.id);
-        for address in &state.addresses {
-            maps.pods
-                .insert(Address::from(*address), entry, 0)
-                .map_err(|source| ProgramsError::Map {
-                    name: "PODS",
-                    source,
-                })?;
-        }
-        state.rules = rules;
-        state.interface_mode = settings.interfaces;
-        Ok(())
+        self.inner.update(settings)
     }
 
     /// Makes the kernel's state that of the pod's present interfaces and addresses.
     pub(super) async fn refresh(&self) -> Result<(), EnrolError> {
-        refresh(
-            &self.pod,
-            &self.network,
-            &self.programs,
-            &self.state,
-            &self.pins,
-        )
-        .await
+        self.inner.refresh().await
     }
 
     /// Follows the pod's interfaces and addresses from now on.
     pub(super) fn watched(mut self, mut changes: Changes) -> Self {
-        let (pod, network) = (Arc::clone(&self.pod), Arc::clone(&self.network));
-        let (programs, state) = (Arc::clone(&self.programs), Arc::clone(&self.state));
-        let (pins, workload) = (self.pins.clone(), self.workload.clone());
+        let inner = Arc::clone(&self.inner);
         self.watch = tokio::spawn(async move {
             while changes.next().await.is_some() {
-                if let Err(error) = refresh(&pod, &network, &programs, &state, &pins).await {
-                    tracing::warn!(%workload, %error, "can't follow a pod's network");
+                if let Err(error) = inner.refresh().await {
+                    tracing::warn!(workload = %inner.workload, %error, "can't follow a pod's network");
                 }
             }
         });
@@ -140,117 +150,182 @@ impl Enrolment {
     }
 
     /// Restores plain networking: detaches, removes rules, routes and map entries.
-    pub async fn withdraw(self) {
+    pub(super) async fn withdraw(self) {
+        // The watch must not undo what is undone here.
         self.watch.abort();
-        let _ = fs::remove_dir_all(&self.pins);
-        self.network.unroute_steered().await;
-        let state = self.state();
-        let mut programs = lock(&self.programs);
-        let maps = programs.maps();
-        for address in &state.addresses {
-            let _ = maps.pods.remove(&Address::from(*address));
-        }
-        let _ = PodRules::default().replace(&state.rules, maps);
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        let inner = &self.inner;
+        let pod = &inner.pod;
+        withdraw::restore(
+            &inner.pins,
+            &inner.record,
+            &pod.netns,
+            &pod.home,
+            &inner.network,
+        )
+        .await;
+        let mut state = inner.state();
+        let entries = Inherited {
+            addresses: std::mem::take(&mut state.addresses),
+            rules: std::mem::take(&mut state.rules),
+        };
+        entries.remove(lock(&inner.programs).maps());
     }
 }
 
-async fn refresh(
-    pod: &Pod,
-    network: &Network,
-    programs: &Mutex<Programs>,
-    state: &Mutex<State>,
-    pins: &Path,
-) -> Result<(), EnrolError> {
-    let mut addresses: HashSet<IpAddr> = network.addresses().await?.into_iter().collect();
-    let interfaces = network.interfaces().await?;
-    let (mut refused, mut steered) = (Vec::new(), Vec::new());
-    {
-        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut programs = lock(programs);
-        let map = |source| ProgramsError::Map {
-            name: "PODS",
-            source,
+impl Inner {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn update(&self, settings: &Settings) -> Result<(), ProgramsError> {
+        let mut state = self.state();
+        let rules = PodRules::new(self.pod.id, settings);
+        let mut programs = lock(&self.programs);
+        let maps = programs.maps();
+        let before = state.rules.clone();
+        // Should it fail half-way, some of each may stand.
+        state.rules.absorb(&rules);
+        rules
+            .replace(&before, maps)
+            .map_err(|source| ProgramsError::Map {
+                name: "PORT_RULES",
+                source,
+            })?;
+        let entry = rules.entry(self.pod.id);
+        for address in &state.addresses {
+            insert_address(&mut programs, *address, entry)?;
+        }
+        state.rules = rules;
+        state.interface_mode = settings.interfaces;
+        Ok(())
+    }
+
+    async fn refresh(&self) -> Result<(), EnrolError> {
+        let addresses = self.network.addresses().await?.into_iter().collect();
+        let interfaces = self.network.interfaces().await?;
+        let (refused, unrouted) = {
+            let mut state = self.state();
+            let mut programs = lock(&self.programs);
+            self.follow_addresses(&mut state, &mut programs, addresses)?;
+            self.follow_interfaces(&mut state, &mut programs, &interfaces)
         };
-        let entry = state.rules.entry(pod.id);
+        for interface in refused {
+            self.network.set_down(interface).await?;
+        }
+        for interface in unrouted {
+            match self.network.route_link_local(interface).await {
+                Ok(()) => {
+                    if let Some(steered) = self.state().interfaces.get_mut(&interface.index) {
+                        steered.routed = true;
+                    }
+                }
+                // It may be gone or down again; the next change tells.
+                Err(error) => {
+                    tracing::debug!(workload = %self.workload, interface = interface.name, %error, "no link-local route");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn follow_addresses(
+        &self,
+        state: &mut State,
+        programs: &mut Programs,
+        mut addresses: HashSet<IpAddr>,
+    ) -> Result<(), ProgramsError> {
         // An address that another pod holds stays its own: it may be that of a bridge which both
         // have, or one that an app with CAP_NET_ADMIN took.
         addresses.retain(|address| {
             let other = programs.maps().pods.get(&Address::from(*address), 0);
-            other.map_or(true, |entry| entry.pod == pod.id)
+            other.map_or(true, |entry| entry.pod == self.pod.id)
         });
-        for address in addresses.difference(&state.addresses) {
-            programs
-                .maps()
-                .pods
-                .insert(Address::from(*address), entry, 0)
-                .map_err(map)?;
+        let entry = state.rules.entry(self.pod.id);
+        for address in state.addresses.extract_if(|a| !addresses.contains(a)) {
+            let _ = programs.maps().pods.remove(&Address::from(address));
         }
-        for address in state.addresses.difference(&addresses) {
-            let _ = programs.maps().pods.remove(&Address::from(*address));
+        for address in &addresses {
+            if !state.addresses.contains(address) {
+                insert_address(programs, *address, entry)?;
+                // At once: if the next one fails, this one has to go too.
+                state.addresses.insert(*address);
+            }
         }
-        pod.addresses.store(Arc::new(addresses.clone()));
-        state.addresses = addresses;
+        self.pod.addresses.store(Arc::new(addresses));
+        Ok(())
+    }
 
+    /// Attaches to what is new. Returns what is to be set down, and what has no link-local route.
+    fn follow_interfaces<'a>(
+        &self,
+        state: &mut State,
+        programs: &mut Programs,
+        interfaces: &'a [Interface],
+    ) -> (Vec<&'a Interface>, Vec<&'a Interface>) {
+        let (mut refused, mut unrouted) = (Vec::new(), Vec::new());
+        let mode = state.interface_mode;
         state
-            .steered
+            .interfaces
             .retain(|index, _| interfaces.iter().any(|i| i.index == *index));
-        for interface in &interfaces {
-            match state.steered.get(&interface.index) {
-                Some(true) => continue,
-                Some(false) => {
-                    // Set up again.
-                    if interface.up && state.interface_mode == InterfaceMode::Refuse {
-                        refused.push(interface.clone());
-                    }
-                    continue;
+        for interface in interfaces {
+            let steered = state.interfaces.entry(interface.index).or_insert_with(|| {
+                let attached = self.attach(programs, interface);
+                let failure = attached.err().map(|error| error.to_string());
+                if let Some(error) = &failure {
+                    tracing::warn!(workload = %self.workload, interface = interface.name, error, "an interface can't be steered");
                 }
-                None => {}
-            }
-            let attached = attach(pod, &mut programs, interface, pins);
-            if let Err(error) = &attached {
-                tracing::warn!(interface = interface.name, %error, "an interface can't be steered");
-                if state.interface_mode == InterfaceMode::Refuse {
-                    refused.push(interface.clone());
+                Steered {
+                    failure,
+                    routed: false,
                 }
+            });
+            if steered.failure.is_some() {
+                // The first time, and whenever it is set up again.
+                if interface.up && mode == InterfaceMode::Refuse {
+                    refused.push(interface);
+                }
+                continue;
             }
-            if attached.is_ok() {
-                steered.push(interface.clone());
+            steered.routed &= interface.up;
+            if interface.up && !steered.routed {
+                unrouted.push(interface);
             }
-            state.steered.insert(interface.index, attached.is_ok());
         }
+        (refused, unrouted)
     }
-    for interface in refused {
-        network.set_down(&interface).await?;
+
+    fn attach(&self, programs: &mut Programs, interface: &Interface) -> Result<(), AttachError> {
+        let ethernet = interface.ethernet.ok_or(AttachError::Kind)?;
+        let (name, index) = (&interface.name, interface.index);
+        let attach = || {
+            programs.attach(Hook::Ingress { ethernet }, name, index, &self.pins)?;
+            programs.attach(Hook::Egress { ethernet }, name, index, &self.pins)
+        };
+        let entered = self.pod.netns.enter(&self.pod.home, attach);
+        Ok(entered.map_err(AttachError::Enter)??)
     }
-    for interface in steered {
-        network.route_link_local(&interface).await?;
-    }
-    Ok(())
 }
 
-fn attach(
-    pod: &Pod,
+/// Why an interface can't be steered.
+#[derive(Debug, thiserror::Error)]
+enum AttachError {
+    #[error("the kind of the interface isn't known")]
+    Kind,
+    #[error("can't enter the netns: {0}")]
+    Enter(std::io::Error),
+    #[error(transparent)]
+    Programs(#[from] ProgramsError),
+}
+
+fn insert_address(
     programs: &mut Programs,
-    interface: &Interface,
-    pins: &Path,
-) -> Result<(), EnrolError> {
-    let ethernet = interface.ethernet.ok_or_else(|| EnrolError::Netns {
-        path: PathBuf::from(&interface.name),
-        source: io::Error::other("the kind of the interface isn't known"),
-    })?;
-    let (name, index) = (&interface.name, interface.index);
-    pod.netns
-        .enter(&pod.home, || {
-            programs.attach(Hook::Ingress { ethernet }, name, index, pins)?;
-            programs.attach(Hook::Egress { ethernet }, name, index, pins)
-        })
-        .map_err(|source| EnrolError::Netns {
-            path: PathBuf::from(name),
+    address: IpAddr,
+    entry: PodEntry,
+) -> Result<(), ProgramsError> {
+    let pods = &mut programs.maps().pods;
+    pods.insert(Address::from(address), entry, 0)
+        .map_err(|source| ProgramsError::Map {
+            name: "PODS",
             source,
-        })??;
-    Ok(())
+        })
 }

@@ -7,7 +7,7 @@ use std::{
     net::{IpAddr, SocketAddr, TcpListener},
     path::PathBuf,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use anyhow::{Context, bail};
@@ -23,6 +23,7 @@ use crate::{
     identity::{Certificates, EmbeddedAuthority},
     model::{Mesh, Node, Workload, WorkloadId},
     proxy::{Shared, Workers},
+    report::Report,
     steer::{EbpfLog, Enrolment, Steering, TcMethod},
     telemetry::{self, KernelCount, Metrics, Readiness, ReadinessTask},
 };
@@ -101,6 +102,7 @@ struct Agent {
     failed: HashMap<WorkloadId, String>,
     status: watch::Receiver<discovery::Status>,
     steered: ReadinessTask,
+    report: Report,
 }
 
 impl Agent {
@@ -134,6 +136,7 @@ impl Agent {
             certificates,
             metrics,
         };
+        let report = Report::new(Arc::clone(&shared.metrics), readiness);
         let handles = (0..workers)
             .map(|_| steering.worker_handles())
             .collect::<Result<Vec<_>, _>>()?;
@@ -148,6 +151,7 @@ impl Agent {
             failed: HashMap::new(),
             status: discovery.status(),
             steered,
+            report,
         })
     }
 
@@ -179,7 +183,7 @@ impl Agent {
                 () = sleep_until(again), if !self.failed.is_empty() => {
                     self.enrol_failed(&current).await;
                 }
-                _ = report.tick() => self.report_certificates(),
+                _ = report.tick() => self.report(),
             }
         }
     }
@@ -286,14 +290,10 @@ impl Agent {
         let _ = tokio::time::timeout(CERTIFICATE_PATIENCE, ready).await;
     }
 
-    fn report_certificates(&self) {
-        let expirations = self.shared.certificates.expirations();
-        let first: Option<SystemTime> = expirations.into_iter().map(|(_, end)| end).min();
-        self.shared.metrics.set_certificate_expiration(first);
-        let refreshes = self.shared.certificates.refreshes();
-        self.shared
-            .metrics
-            .set_certificate_refreshes(refreshes.ok, refreshes.failed);
+    fn report(&mut self) {
+        self.report.certificates(&self.shared.certificates);
+        self.report.degraded(self.enrolled.values());
+        self.report.cgroup(&self.steering);
     }
 
     /// Takes no new connection and waits for those that live.

@@ -2,20 +2,20 @@
 //! up is taken away when it is withdrawn.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     net::IpAddr,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use malla_common::{Address, PodEntry};
+use malla_common::{Address, PodEntry, ports};
 use tokio::task::JoinHandle;
 
 use super::{
     attach::Hook,
     enrol::EnrolError,
     inherited::Inherited,
-    lock,
+    listeners, lock,
     network::{Changes, Interface, Network},
     pod::Pod,
     programs::{self, Programs, ProgramsError},
@@ -24,6 +24,34 @@ use super::{
     withdraw,
 };
 use crate::model::{InterfaceMode, Settings, WorkloadId};
+
+/// Why a pod isn't served as it should be, though it is enrolled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Degradation {
+    /// An interface can't be steered and was set down.
+    InterfaceRefused,
+    /// An interface can't be steered and was left as it is.
+    InterfaceUnsteered,
+    /// The app listens on the mesh port: it isn't reached there from outside the pod.
+    MeshPort,
+}
+
+impl Degradation {
+    pub const ALL: [Self; 3] = [
+        Self::InterfaceRefused,
+        Self::InterfaceUnsteered,
+        Self::MeshPort,
+    ];
+
+    /// The word for metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::InterfaceRefused => "interface_refused",
+            Self::InterfaceUnsteered => "interface_unsteered",
+            Self::MeshPort => "mesh_port",
+        }
+    }
+}
 
 /// A pod that is steered. Dropping it ends the watch and leaves the pod closed.
 pub struct Enrolment {
@@ -55,6 +83,9 @@ struct State {
 /// What became of an interface.
 #[derive(Debug)]
 struct Steered {
+    name: String,
+    /// The kind that it had then; that of a TUN interface can change.
+    ethernet: Option<bool>,
     /// Why its programs couldn't be attached.
     failure: Option<String>,
     /// Whether steered packets to link-local addresses find their way. The kernel forgets that
@@ -147,6 +178,30 @@ impl Enrolment {
             }
         });
         self
+    }
+
+    /// Why the pod is degraded now, with what a human wants to know of it.
+    pub fn degradations(&self) -> BTreeMap<Degradation, String> {
+        let mut found = BTreeMap::new();
+        let state = self.inner.state();
+        let unsteered = match state.interface_mode {
+            InterfaceMode::Refuse => Degradation::InterfaceRefused,
+            InterfaceMode::Allow => Degradation::InterfaceUnsteered,
+        };
+        for interface in state.interfaces.values() {
+            if let Some(failure) = &interface.failure {
+                found.insert(unsteered, format!("{}: {failure}", interface.name));
+            }
+        }
+        let pod = &self.inner.pod;
+        if pod.listener_ports.mesh != ports::MESH {
+            let sockets = pod.netns.enter(&pod.home, listeners::local_ports);
+            if sockets.unwrap_or_default().contains(&(ports::MESH, true)) {
+                let what = format!("its app listens on port {}", ports::MESH);
+                found.insert(Degradation::MeshPort, what);
+            }
+        }
+        found
     }
 
     /// Restores plain networking: detaches, removes rules, routes and map entries.
@@ -264,9 +319,10 @@ impl Inner {
     ) -> (Vec<&'a Interface>, Vec<&'a Interface>) {
         let (mut refused, mut unrouted) = (Vec::new(), Vec::new());
         let mode = state.interface_mode;
-        state
-            .interfaces
-            .retain(|index, _| interfaces.iter().any(|i| i.index == *index));
+        state.interfaces.retain(|index, steered| {
+            let mut same = interfaces.iter().filter(|i| i.index == *index);
+            same.any(|i| i.ethernet == steered.ethernet)
+        });
         for interface in interfaces {
             let steered = state.interfaces.entry(interface.index).or_insert_with(|| {
                 let attached = self.attach(programs, interface);
@@ -275,6 +331,8 @@ impl Inner {
                     tracing::warn!(workload = %self.workload, interface = interface.name, error, "an interface can't be steered");
                 }
                 Steered {
+                    name: interface.name.clone(),
+                    ethernet: interface.ethernet,
                     failure,
                     routed: false,
                 }

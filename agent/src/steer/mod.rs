@@ -36,7 +36,7 @@ use malla_common::{Counter, Flow, WorkerLoad};
 
 pub use attach::TcMethod;
 pub use dial::{DialError, OwnDial, end_orderly, to_app, to_network};
-pub use enrolment::Enrolment;
+pub use enrolment::{Degradation, Enrolment};
 pub use listeners::PodListeners;
 pub use netns::Netns;
 pub use pod::Pod;
@@ -62,6 +62,7 @@ pub enum SteeringError {
 pub struct Steering {
     programs: Arc<Mutex<Programs>>,
     home: Arc<Netns>,
+    cgroup: cgroup::OwnCgroup,
     /// Folder of the pods' pinned links.
     links: PathBuf,
     workers: u16,
@@ -109,7 +110,9 @@ impl Steering {
         for gone in known.iter().filter(|id| !living.contains(id)) {
             maps.agents.remove(gone).map_err(map("AGENTS"))?;
         }
-        maps.agents.insert(cgroup.0, 1, 0).map_err(map("AGENTS"))?;
+        maps.agents
+            .insert(cgroup.id.0, 1, 0)
+            .map_err(map("AGENTS"))?;
         maps.workers
             .set(0, u32::from(workers), 0)
             .map_err(map("WORKERS"))?;
@@ -128,11 +131,17 @@ impl Steering {
             inherited,
             programs: Arc::new(Mutex::new(programs)),
             home: Arc::new(home),
+            cgroup,
             links,
             workers,
             netns_owners: HashMap::new(),
             _log: reader,
         })
+    }
+
+    /// The cgroup that this process is in, if that isn't its own any more.
+    pub fn foreign_cgroup(&self) -> Option<String> {
+        self.cgroup.left_for()
     }
 
     pub fn worker_handles(&self) -> Result<WorkerHandles, ProgramsError> {

@@ -24,6 +24,7 @@ use super::{
     errno_label, kernel,
     logging::DroppedLines,
     process,
+    steering::SteeringMetrics,
     transport::{self, Transports, WorkerMetrics},
 };
 
@@ -79,6 +80,7 @@ pub struct Metrics {
     certificate_expiration: GaugeVec,
     pods_enrolled: IntGauge,
     enrolment_errors: IntCounterVec,
+    steering: SteeringMetrics,
 }
 
 impl Metrics {
@@ -176,6 +178,7 @@ impl Metrics {
                 "Pods that could not be enrolled or withdrawn, by cause.",
                 &["reason"],
             ),
+            steering: SteeringMetrics::new(&registry),
             registry,
             transports,
             kernel,
@@ -269,6 +272,11 @@ impl Metrics {
         self.enrolment_errors.with_label_values(&[reason]).inc();
     }
 
+    /// What the control side tells of steering.
+    pub fn steering(&self) -> &SteeringMetrics {
+        &self.steering
+    }
+
     /// All metrics in Prometheus' text format 0.0.4.
     pub fn scrape(&self) -> prometheus::Result<String> {
         TextEncoder::new().encode_to_string(&self.registry.gather())
@@ -312,11 +320,11 @@ fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> Int
 }
 
 /// Names, helps and labels are constants of this module, and a test makes them all.
-fn valid<T>(metric: prometheus::Result<T>) -> T {
+pub(super) fn valid<T>(metric: prometheus::Result<T>) -> T {
     metric.expect("metric names and labels are valid")
 }
 
-fn register<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> C {
+pub(super) fn register<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> C {
     attach(registry, collector.clone());
     collector
 }

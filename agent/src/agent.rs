@@ -7,7 +7,7 @@ use std::{
     net::{IpAddr, SocketAddr, TcpListener},
     path::PathBuf,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use anyhow::{Context, bail};
@@ -23,7 +23,8 @@ use crate::{
     identity::{Certificates, EmbeddedAuthority},
     model::{Mesh, Node, Workload, WorkloadId},
     proxy::{Shared, Workers},
-    steer::{EbpfLog, Enrolment, Steering},
+    report::Report,
+    steer::{EbpfLog, Enrolment, Steering, TcMethod},
     telemetry::{self, KernelCount, Metrics, Readiness, ReadinessTask},
 };
 
@@ -40,6 +41,7 @@ pub struct Options {
     pub config: PathBuf,
     pub node: String,
     pub ebpf_log: EbpfLog,
+    pub tc_method: TcMethod,
     pub drain_limit: Duration,
     pub workers: Option<u16>,
 }
@@ -63,7 +65,7 @@ pub async fn run(options: Options, metrics: Arc<Metrics>) -> anyhow::Result<()> 
     };
     // The cgroup comes before every socket.
     let workers = options.workers.unwrap_or_else(default_workers);
-    let steering = Steering::start(&node, workers, options.ebpf_log)?;
+    let steering = Steering::start(&node, workers, options.ebpf_log, options.tc_method)?;
     let readiness = Readiness::default();
     let mut agent = Agent::start(
         &options, &discovery, &node, steering, workers, metrics, &readiness,
@@ -100,6 +102,7 @@ struct Agent {
     failed: HashMap<WorkloadId, String>,
     status: watch::Receiver<discovery::Status>,
     steered: ReadinessTask,
+    report: Report,
 }
 
 impl Agent {
@@ -133,6 +136,7 @@ impl Agent {
             certificates,
             metrics,
         };
+        let report = Report::new(Arc::clone(&shared.metrics), readiness);
         let handles = (0..workers)
             .map(|_| steering.worker_handles())
             .collect::<Result<Vec<_>, _>>()?;
@@ -147,6 +151,7 @@ impl Agent {
             failed: HashMap::new(),
             status: discovery.status(),
             steered,
+            report,
         })
     }
 
@@ -154,7 +159,7 @@ impl Agent {
     async fn follow(&mut self, mut mesh: watch::Receiver<Arc<Mesh>>) -> anyhow::Result<()> {
         let mut current = Arc::clone(&mesh.borrow_and_update());
         let ids: Vec<&WorkloadId> = current.enrolled_on(&self.node).map(|w| &w.id).collect();
-        self.steering.remove_leftovers(|id| ids.contains(&id));
+        self.steering.remove_leftovers(|id| ids.contains(&id)).await;
         self.apply(discovery::changes(&Mesh::default(), &current, &self.node))
             .await;
         self.wait_for_certificates(&current).await;
@@ -178,7 +183,7 @@ impl Agent {
                 () = sleep_until(again), if !self.failed.is_empty() => {
                     self.enrol_failed(&current).await;
                 }
-                _ = report.tick() => self.report_certificates(),
+                _ = report.tick() => self.report(),
             }
         }
     }
@@ -251,12 +256,14 @@ impl Agent {
 
     async fn withdraw(&mut self, workload: &Workload) {
         self.failed.remove(&workload.id);
-        self.steering.forget(&workload.id);
-        let Some(enrolment) = self.enrolled.remove(&workload.id) else {
-            return;
-        };
-        self.workers.remove(enrolment.pod()).await;
-        enrolment.withdraw().await;
+        match self.enrolled.remove(&workload.id) {
+            Some(enrolment) => {
+                self.workers.remove(enrolment.pod()).await;
+                self.steering.withdraw(enrolment).await;
+            }
+            // Its enrolment failed, but an earlier agent may have enrolled it.
+            None => self.steering.remove(&workload.id).await,
+        }
         let identity = &workload.identity;
         let used = self
             .shared
@@ -283,21 +290,10 @@ impl Agent {
         let _ = tokio::time::timeout(CERTIFICATE_PATIENCE, ready).await;
     }
 
-    fn report_certificates(&self) {
-        let expirations = self.shared.certificates.expirations();
-        let first: Option<SystemTime> = expirations.into_iter().map(|(_, end)| end).min();
-        let metrics = self.shared.metrics.identity();
-        metrics.set_expiration(first);
-        let refreshes = self.shared.certificates.refreshes();
-        metrics.set_refreshes(refreshes.ok, refreshes.failed);
-        let authority = self.shared.certificates.authority();
-        let ends = authority.expiries.iter();
-        metrics.set_authority_expirations(
-            ends.map(|expiry| (expiry.object, expiry.subject.clone(), expiry.ends.into())),
-        );
-        for reloads in &authority.reloads {
-            metrics.set_authority_reloads(reloads.object, reloads.accepted, reloads.refused);
-        }
+    fn report(&mut self) {
+        self.report.certificates(&self.shared.certificates);
+        self.report.degraded(self.enrolled.values());
+        self.report.cgroup(&self.steering);
     }
 
     /// Takes no new connection and waits for those that live.

@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 use crate::{
     agent::{self, Options},
     discovery,
-    steer::EbpfLog,
+    steer::{EbpfLog, TcMethod},
     telemetry::{self, LogFormat, Metrics},
 };
 
@@ -44,6 +44,10 @@ struct AgentArguments {
     /// What the eBPF programs log of each decision (`debug` shows its addresses).
     #[arg(long, value_enum, default_value_t = EbpfLog::Off, value_name = "LEVEL")]
     log_ebpf: EbpfLog,
+    /// Attach TC programs by filters of a clsact qdisc, as kernels before 6.6 need it, where this
+    /// one has links: what such kernels get can be tried on any.
+    #[arg(long, hide = true)]
+    tc_filters: bool,
     /// How long live connections may go on after SIGTERM.
     #[arg(long, value_parser = humantime::parse_duration, default_value = "15m", value_name = "DURATION")]
     drain_limit: Duration,
@@ -82,6 +86,11 @@ fn run_agent(arguments: AgentArguments) -> anyhow::Result<()> {
         config: arguments.config,
         node: arguments.node,
         ebpf_log: arguments.log_ebpf,
+        tc_method: if arguments.tc_filters {
+            TcMethod::Filters
+        } else {
+            TcMethod::of_kernel()
+        },
         drain_limit: arguments.drain_limit,
         workers: arguments.workers,
     };

@@ -6,6 +6,7 @@ mod discovery;
 mod identity;
 mod model;
 mod proxy;
+mod report;
 mod steer;
 mod telemetry;
 

@@ -10,6 +10,9 @@ pub struct PodEntry {
     pub pod: u32,
     /// Bits of [`pod_flags`].
     pub flags: u32,
+    /// Port that the agent's outbound listeners are bound to in the pod's netns.
+    pub outbound_port: u16,
+    pub reserved: u16,
 }
 
 /// Bits of [`PodEntry::flags`].
@@ -208,7 +211,7 @@ mod tests {
     #[test]
     fn layouts_have_no_padding_and_stay_as_they_are() {
         assert_eq!(size_of::<Address>(), 16);
-        assert_eq!(size_of::<PodEntry>(), 8);
+        assert_eq!(size_of::<PodEntry>(), 12);
         assert_eq!(size_of::<ListenerKey>(), 8);
         assert_eq!(size_of::<Flow>(), 36);
         assert_eq!(size_of::<PortRule>(), 8);

@@ -88,10 +88,10 @@ fn sent_by_agent(ctx: &TcContext) -> bool {
 #[inline(always)]
 fn open(ctx: &TcContext, packet: &Packet, socket: Option<Socket>) -> i32 {
     let flow = &packet.flow;
-    let here = pod_here(ctx);
     let Some(pod) = pod_at(&flow.source) else {
         return refuse_stranger(ctx, packet, socket);
     };
+    let here = pod_here(ctx, &pod);
     // The map is the node's, and the address may be another pod's: bound to with IP_FREEBIND, or
     // sent by a container inside this pod. Where no agent listens, nobody can say.
     if here != NO_POD && here != pod.pod {

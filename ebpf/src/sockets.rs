@@ -11,7 +11,7 @@ use aya_ebpf::{
     macros::btf_map,
     programs::TcContext,
 };
-use malla_common::{Address, Flow, SocketState, ports};
+use malla_common::{Address, Flow, PodEntry, SocketState};
 
 use crate::packet::{THIS_NETNS, tuple};
 
@@ -23,28 +23,29 @@ const IPPROTO_TCP: u32 = 6;
 #[btf_map]
 pub static SOCKETS: SkStorage<SocketState> = SkStorage::new();
 
-/// The pod that an agent's mesh listener belongs to, written by the agent.
+/// The pod that an agent's outbound listener belongs to, written by the agent.
 #[btf_map]
 pub static LISTENER_PODS: SkStorage<u32> = SkStorage::new();
 
-/// What would reach the mesh listener over the loopback, where `lookup` doesn't interfere.
-const TO_MESH_LISTENER: Flow = Flow {
-    source: LOCALHOST,
-    destination: LOCALHOST,
-    source_port: 0,
-    destination_port: ports::MESH,
-};
 const LOCALHOST: Address = Address::from_v4(0x7f00_0001_u32.to_be());
 
 /// Not a pod's number.
 pub const NO_POD: u32 = 0;
 
 /// The pod whose netns this is, as the agent's listener in it says: no app can forge that, and
-/// before Linux 6.15 nothing else tells one netns from another here. [`NO_POD`] where no agent
-/// listens: the compiler would pack an `Option` in a way that the verifier forbids.
+/// before Linux 6.15 nothing else tells one netns from another here. It is looked for on the port
+/// that `claimed` has it on. [`NO_POD`] where no agent listens there: the compiler would pack an
+/// `Option` in a way that the verifier forbids.
 #[inline(always)]
-pub fn pod_here(ctx: &TcContext) -> u32 {
-    let (mut tuple, size) = tuple(&TO_MESH_LISTENER);
+pub fn pod_here(ctx: &TcContext, claimed: &PodEntry) -> u32 {
+    // Over the loopback, where `lookup` doesn't interfere.
+    let to_listener = Flow {
+        source: LOCALHOST,
+        destination: LOCALHOST,
+        source_port: 0,
+        destination_port: claimed.outbound_port,
+    };
+    let (mut tuple, size) = tuple(&to_listener);
     // SAFETY: the tuple is fully initialised for the size that is passed; a socket found is
     // referenced, asked for its storage, which is read before the one release.
     unsafe {

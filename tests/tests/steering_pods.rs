@@ -262,27 +262,6 @@ fn connections_from_before_the_enrolment_go_on_and_are_counted() {
     }
 }
 
-#[test]
-fn a_pod_whose_app_has_the_mesh_port_is_named_and_enrolled_once_the_port_is_free() {
-    let mut scene = Scene::new("", "").unwrap();
-    let late = PodSpec::new("late").unlisted();
-    let late = scene.bed.pod(&scene.a.clone(), late).unwrap();
-    let app = late.echo(15008).unwrap();
-    let said = "does the app listen on port 15008?";
-    let [address, ..] = late.addresses() else {
-        panic!()
-    };
-    add_by_hand(&scene.bed, &scene.a, *address, late.netns().path(), said);
-    let metrics = scene.metrics(&scene.a).unwrap();
-    let refused = [("reason", "listen")];
-    assert!(metrics.sum("malla_enrolment_errors_total", &refused) >= 1.0);
-    for to in scene.server.addresses() {
-        assert_eq!(scene.client.caller().call((*to, PORT)), Fate::Echoed);
-    }
-    drop(app);
-    wait_enrolled(&scene, 2.0);
-}
-
 /// A meshed client and server with an echoing app on one node, and a stranger with one beside them.
 fn neighbours() -> (Testbed, [Arc<Pod>; 3], [EchoApp; 2]) {
     let mut bed = Testbed::new("linklocal").unwrap();

@@ -31,9 +31,33 @@ pub enum CgroupError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CgroupId(pub u64);
 
+/// The cgroup that this process has moved into.
+#[derive(Debug)]
+pub struct OwnCgroup {
+    pub id: CgroupId,
+    /// Its place in the hierarchy, as the kernel tells it.
+    place: String,
+}
+
+impl OwnCgroup {
+    /// Where this process is now, if somebody has moved it away: the sockets that it makes there
+    /// are taken for an app's.
+    pub fn left_for(&self) -> Option<String> {
+        let place = place().unwrap_or_default();
+        (place != self.place).then_some(place)
+    }
+}
+
+/// This process's place in the hierarchy of cgroups v2.
+fn place() -> io::Result<String> {
+    let table = fs::read_to_string("/proc/self/cgroup")?;
+    let place = table.lines().find_map(|line| line.strip_prefix("0::"));
+    Ok(place.unwrap_or_default().to_owned())
+}
+
 /// Moves this process into a new child of `parent`, before it makes any socket: a socket keeps
 /// the cgroup that it was made in.
-pub fn enter_child_of(parent: &Path) -> Result<CgroupId, CgroupError> {
+pub fn enter_child_of(parent: &Path) -> Result<OwnCgroup, CgroupError> {
     let io = |what, path: &Path| {
         let path = path.to_owned();
         move |source| CgroupError::Io { what, path, source }
@@ -62,7 +86,11 @@ pub fn enter_child_of(parent: &Path) -> Result<CgroupId, CgroupError> {
     let procs = child.join("cgroup.procs");
     fs::write(&procs, "0").map_err(io("move the agent into", &procs))?;
     let inode = fs::metadata(&child).map_err(io("read", &child))?.ino();
-    Ok(CgroupId(inode))
+    let place = place().map_err(io("read", Path::new("/proc/self/cgroup")))?;
+    Ok(OwnCgroup {
+        id: CgroupId(inode),
+        place,
+    })
 }
 
 /// Cgroups of agents that are gone. One that lives isn't empty, and stays.

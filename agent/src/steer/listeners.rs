@@ -29,38 +29,37 @@ pub struct PodListeners {
     pub mesh: TcpListener,
 }
 
-/// Ports that a pod's listeners are bound to. Only the mesh port is ever dialled; the kernel finds
-/// the others by the map, so any port that the app doesn't want will do.
+/// Ports that a pod's listeners are bound to. Only [`ports::MESH`] is ever dialled; the kernel
+/// finds the listeners by the map, so any port that the app doesn't want will do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ListenerPorts {
     pub outbound: u16,
     pub inbound: u16,
+    /// The mesh port itself, unless the app has it.
+    pub mesh: u16,
 }
 
 impl ListenerPorts {
     /// Whether `port` of the pod is one of the agent's own listeners.
     pub fn contains(self, port: u16) -> bool {
-        port == self.outbound || port == self.inbound || port == ports::MESH
+        [self.outbound, self.inbound, self.mesh, ports::MESH].contains(&port)
     }
 }
 
-/// The highest two ports outside the pod's ephemeral range, its declared ports and the agent's
-/// dial range.
+/// The highest three ports outside the pod's ephemeral range, the agent's dial range, and what
+/// `is_taken` says.
 pub fn choose_ports(
     ephemeral: &RangeInclusive<u16>,
-    declared: &[u16],
     dial: PortRange,
-) -> Option<ListenerPorts> {
+    is_taken: impl Fn(u16) -> bool,
+) -> Option<[u16; 3]> {
     let mut free = (1024..=u16::MAX).rev().filter(|port| {
         *port != ports::MESH
             && !ephemeral.contains(port)
-            && !declared.contains(port)
             && !dial.contains(*port)
+            && !is_taken(*port)
     });
-    Some(ListenerPorts {
-        outbound: free.next()?,
-        inbound: free.next()?,
-    })
+    Some([free.next()?, free.next()?, free.next()?])
 }
 
 /// `net.ipv4.ip_local_port_range` of the calling thread's netns.
@@ -76,13 +75,52 @@ pub fn ephemeral_ports() -> RangeInclusive<u16> {
     }
 }
 
-/// Makes one worker's listeners in the calling thread's netns.
-pub fn bind(ports_: ListenerPorts) -> io::Result<PodListeners> {
-    Ok(PodListeners {
-        outbound: listener(ports_.outbound)?,
-        inbound: listener(ports_.inbound)?,
-        mesh: listener(ports::MESH)?,
-    })
+/// Makes the listeners of `workers` workers in the calling thread's netns, on `free` ports and the
+/// mesh port. Where the app has that one, mutual TLS still comes to the agent, by the map; only the
+/// app's own port can't be reached from outside the pod.
+pub fn bind(workers: u16, free: [u16; 3]) -> io::Result<(ListenerPorts, Vec<PodListeners>)> {
+    let [outbound, inbound, spare] = free;
+    let bind_all = |mesh| {
+        let set = || {
+            Ok(PodListeners {
+                outbound: listener(outbound)?,
+                inbound: listener(inbound)?,
+                mesh: listener(mesh)?,
+            })
+        };
+        let sets: io::Result<Vec<_>> = (0..workers).map(|_| set()).collect();
+        let ports = ListenerPorts {
+            outbound,
+            inbound,
+            mesh,
+        };
+        sets.map(|sets| (ports, sets))
+    };
+    match bind_all(ports::MESH) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => bind_all(spare),
+        done => done,
+    }
+}
+
+/// The TCP sockets of the calling thread's netns: their local ports, and whether they listen.
+pub fn local_ports() -> Vec<(u16, bool)> {
+    ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"]
+        .into_iter()
+        .filter_map(|path| fs::read_to_string(path).ok())
+        .flat_map(|table| parse_table(&table))
+        .collect()
+}
+
+/// Reads a table like /proc/net/tcp: `sl: ADDRESS:PORT REMOTE STATE …`, in hexadecimal.
+fn parse_table(table: &str) -> Vec<(u16, bool)> {
+    const LISTEN: &str = "0A";
+    let socket = |line: &str| {
+        let mut words = line.split_whitespace().skip(1);
+        let (local, state) = (words.next()?, words.nth(1)?);
+        let port = u16::from_str_radix(local.rsplit(':').next()?, 16).ok()?;
+        Some((port, state == LISTEN))
+    };
+    table.lines().skip(1).filter_map(socket).collect()
 }
 
 /// A listener for both families, that takes connections to any address.
@@ -159,22 +197,18 @@ mod tests {
             first: 10_000,
             last: 32_000,
         };
-        let chosen = choose_ports(&(32768..=60999), &[65535], dial).unwrap();
-        assert_eq!(
-            chosen,
-            ListenerPorts {
-                outbound: 65534,
-                inbound: 65533
-            }
-        );
-        let chosen = choose_ports(&(32768..=65535), &[], dial).unwrap();
-        assert_eq!(
-            chosen,
-            ListenerPorts {
-                outbound: 32767,
-                inbound: 32766
-            }
-        );
-        assert!(choose_ports(&(1024..=65535), &[], dial).is_none());
+        let chosen = choose_ports(&(32768..=60999), dial, |port| port == 65535);
+        assert_eq!(chosen, Some([65534, 65533, 65532]));
+        let chosen = choose_ports(&(32768..=65535), dial, |_| false);
+        assert_eq!(chosen, Some([32767, 32766, 32765]));
+        assert!(choose_ports(&(1024..=65535), dial, |_| false).is_none());
+    }
+
+    #[test]
+    fn local_ports_are_read_from_the_kernels_table() {
+        let table = "  sl  local_address rem_address   st\n   \
+                     0: 0100007F:1F90 00000000:0000 0A 00000000:00000000\n   \
+                     1: 00000000000000000000000000000000:0016 00:0 01\n";
+        assert_eq!(parse_table(table), [(8080, true), (22, false)]);
     }
 }

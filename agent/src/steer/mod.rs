@@ -1,25 +1,32 @@
 //! Steering: the eBPF programs, the pods' network namespaces, the agent's sockets in them.
 //!
 //! Knows workloads and their settings, nothing of TLS or of any protocol above TCP. What outlives
-//! the agent on purpose (links, maps, rules, routes) goes only by [`Enrolment::withdraw`].
+//! the agent on purpose (links, maps, rules, routes) goes only by [`Steering::withdraw`] and its kin.
 
+mod attach;
 mod cgroup;
 mod diag;
 mod dial;
 mod dial_ports;
 mod ebpf_log;
+mod enrol;
+mod enrolment;
+mod inherited;
+mod links;
 mod listeners;
 mod netns;
 mod network;
 mod pod;
 mod preflight;
 mod programs;
+mod record;
 mod routes;
+mod routing;
 mod rules;
+mod withdraw;
 
 use std::{
-    collections::HashMap,
-    fs,
+    collections::{HashMap, HashSet},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -27,13 +34,15 @@ use std::{
 use aya::maps::{Array, HashMap as BpfHashMap, MapData};
 use malla_common::{Counter, Flow, WorkerLoad};
 
+pub use attach::TcMethod;
 pub use dial::{DialError, OwnDial, end_orderly, to_app, to_network};
+pub use enrolment::{Degradation, Enrolment};
 pub use listeners::PodListeners;
 pub use netns::Netns;
-pub use pod::{Enrolment, Pod};
+pub use pod::Pod;
 pub use programs::ProgramsError;
 
-use self::{netns::NetnsId, programs::Programs};
+use self::{inherited::Inherited, netns::NetnsId, programs::Programs, record::Record};
 use crate::model::{Node, WorkloadId};
 
 /// Why a node can't be steered.
@@ -53,10 +62,15 @@ pub enum SteeringError {
 pub struct Steering {
     programs: Arc<Mutex<Programs>>,
     home: Arc<Netns>,
+    cgroup: cgroup::OwnCgroup,
     /// Folder of the pods' pinned links.
     links: PathBuf,
     workers: u16,
     netns_owners: HashMap<NetnsId, WorkloadId>,
+    /// What earlier agents left in the maps, of pods that aren't enrolled again yet.
+    inherited: HashMap<u32, Inherited>,
+    /// Numbers of pods that are in use, by this agent or what is left of an earlier one.
+    numbers: HashSet<u32>,
     _log: Option<ebpf_log::Reader>,
 }
 
@@ -79,11 +93,16 @@ pub enum EbpfLog {
 impl Steering {
     /// Checks the machine, moves this process into its own cgroup and loads the programs. To be
     /// called before any socket is made, from a tokio runtime.
-    pub fn start(node: &Node, workers: u16, log: EbpfLog) -> Result<Self, SteeringError> {
+    pub fn start(
+        node: &Node,
+        workers: u16,
+        log: EbpfLog,
+        method: TcMethod,
+    ) -> Result<Self, SteeringError> {
         preflight::check(&node.bpffs)?;
         let cgroup = cgroup::enter_child_of(&node.cgroup)?;
         let home = Netns::current().map_err(SteeringError::Home)?;
-        let mut programs = Programs::load(&node.bpffs, ebpf_log::level(log))?;
+        let mut programs = Programs::load(&node.bpffs, ebpf_log::level(log), method)?;
         let map = |name| move |source| ProgramsError::Map { name, source };
         let maps = programs.maps();
         let living = cgroup::living_agents(&node.cgroup);
@@ -91,7 +110,9 @@ impl Steering {
         for gone in known.iter().filter(|id| !living.contains(id)) {
             maps.agents.remove(gone).map_err(map("AGENTS"))?;
         }
-        maps.agents.insert(cgroup.0, 1, 0).map_err(map("AGENTS"))?;
+        maps.agents
+            .insert(cgroup.id.0, 1, 0)
+            .map_err(map("AGENTS"))?;
         maps.workers
             .set(0, u32::from(workers), 0)
             .map_err(map("WORKERS"))?;
@@ -99,14 +120,28 @@ impl Steering {
         let reader = ebpf_log::Reader::start(&mut programs, log);
         let links = node.bpffs.join("links");
         programs::make_folder(&links)?;
+        let inherited = Inherited::all(programs.maps());
+        let records = record::all(&links);
+        let recorded = records
+            .iter()
+            .filter_map(|(_, folder)| Record::read(folder));
+        let numbers = recorded.map(|record| record.pod);
         Ok(Self {
+            numbers: numbers.chain(inherited.keys().copied()).collect(),
+            inherited,
             programs: Arc::new(Mutex::new(programs)),
             home: Arc::new(home),
+            cgroup,
             links,
             workers,
             netns_owners: HashMap::new(),
             _log: reader,
         })
+    }
+
+    /// The cgroup that this process is in, if that isn't its own any more.
+    pub fn foreign_cgroup(&self) -> Option<String> {
+        self.cgroup.left_for()
     }
 
     pub fn worker_handles(&self) -> Result<WorkerHandles, ProgramsError> {
@@ -132,28 +167,6 @@ impl Steering {
                 })
                 .collect()
         })
-    }
-
-    /// Detaches what an earlier agent left attached for workloads that `keep` doesn't hold.
-    pub fn remove_leftovers(&self, keep: impl Fn(&WorkloadId) -> bool) {
-        let Ok(namespaces) = fs::read_dir(&self.links) else {
-            return;
-        };
-        for namespace in namespaces.flatten() {
-            let Ok(names) = fs::read_dir(namespace.path()) else {
-                continue;
-            };
-            for name in names.flatten() {
-                let id = WorkloadId {
-                    namespace: pod::name_of_pin(&namespace.file_name()),
-                    name: pod::name_of_pin(&name.file_name()),
-                };
-                if !keep(&id) {
-                    tracing::info!(workload = %id, "removing the links of a workload that is gone");
-                    let _ = fs::remove_dir_all(name.path());
-                }
-            }
-        }
     }
 }
 

@@ -1,13 +1,16 @@
 //! Network namespaces: entering one, and which one it is.
 
 use std::{
+    fmt,
     fs::{File, OpenOptions},
     io,
+    num::ParseIntError,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd},
         unix::fs::{MetadataExt, OpenOptionsExt},
     },
     path::Path,
+    str::FromStr,
 };
 
 use nix::sched::{CloneFlags, setns};
@@ -17,6 +20,25 @@ use nix::sched::{CloneFlags, setns};
 pub struct NetnsId {
     device: u64,
     pub inode: u64,
+}
+
+impl fmt::Display for NetnsId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.device, self.inode)
+    }
+}
+
+impl FromStr for NetnsId {
+    type Err = ParseIntError;
+
+    /// What `Display` writes.
+    fn from_str(text: &str) -> Result<Self, ParseIntError> {
+        let (device, inode) = text.split_once(':').unwrap_or((text, ""));
+        Ok(Self {
+            device: device.parse()?,
+            inode: inode.parse()?,
+        })
+    }
 }
 
 /// An open network namespace.

@@ -1,6 +1,7 @@
-//! The eBPF programs and maps of one node: loading, pinning, attaching.
+//! The eBPF programs and maps of one node: loading, pinning, reading.
 
 use std::{
+    collections::HashMap,
     fs, io,
     os::fd::AsFd,
     path::{Path, PathBuf},
@@ -12,23 +13,22 @@ use aya::{
         Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockHash,
         lpm_trie::Key, lpm_trie::LpmTrie,
     },
-    programs::{
-        ProgramError, SchedClassifier, SkLookup, TcAttachType,
-        links::{FdLink, PinnedLink},
-        tc,
-    },
+    programs::{ProgramError, SchedClassifier, SkLookup},
 };
 use malla_common::{Address, Flow, ListenerKey, NetRule, PodEntry, PortRule, WorkerLoad};
 
-use super::{dial::OwnDial, netns::Netns};
+use super::{attach::TcMethod, dial::OwnDial, links};
 
 /// The object that `cargo xtask build-ebpf` made.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/malla-ebpf"));
 
 /// Layout of the pinned maps. An agent with another layout starts with maps of its own.
-const LAYOUT: &str = "v3";
+const LAYOUT: &str = "v4";
 
 const PROGRAMS: [&str; 5] = ["egress", "egress_l3", "ingress", "ingress_l3", "loopback"];
+
+/// The program of a netns; the others are those of interfaces.
+pub const LOOKUP: &str = "lookup";
 
 const MAPS: [&str; 13] = [
     "AGENTS",
@@ -91,37 +91,13 @@ fn refusal(error: &ProgramError) -> String {
     )
 }
 
-/// Where a program is attached to an interface.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Hook {
-    Egress { ethernet: bool },
-    Ingress { ethernet: bool },
-    Loopback,
-}
-
-impl Hook {
-    fn program(self) -> &'static str {
-        match self {
-            Self::Egress { ethernet: true } => "egress",
-            Self::Egress { ethernet: false } => "egress_l3",
-            Self::Ingress { ethernet: true } => "ingress",
-            Self::Ingress { ethernet: false } => "ingress_l3",
-            Self::Loopback => "loopback",
-        }
-    }
-
-    fn attach_type(self) -> TcAttachType {
-        match self {
-            Self::Egress { .. } => TcAttachType::Egress,
-            Self::Ingress { .. } | Self::Loopback => TcAttachType::Ingress,
-        }
-    }
-}
-
 /// The loaded programs and the maps that the control side writes.
 pub struct Programs {
     ebpf: Ebpf,
     maps: Maps,
+    method: TcMethod,
+    /// The kernel's numbers of the programs.
+    ids: HashMap<&'static str, u32>,
 }
 
 pub struct Maps {
@@ -137,7 +113,7 @@ pub struct Maps {
 impl Programs {
     /// Loads what the agent was built with. Maps pinned in `bpffs` by an earlier agent are taken
     /// over with their content.
-    pub fn load(bpffs: &Path, log_level: u8) -> Result<Self, ProgramsError> {
+    pub fn load(bpffs: &Path, log_level: u8, method: TcMethod) -> Result<Self, ProgramsError> {
         let maps_folder = bpffs.join("maps").join(LAYOUT);
         make_folder(&maps_folder)?;
         let mut loader = EbpfLoader::new();
@@ -146,17 +122,20 @@ impl Programs {
             loader.map_pin_path(name, maps_folder.join(name));
         }
         let mut ebpf = loader.load(OBJECT)?;
+        let mut ids = HashMap::new();
         for name in PROGRAMS {
-            classifier(&mut ebpf, name)?
-                .load()
-                .map_err(|source| ProgramsError::Verify { name, source })?;
+            let error = |source| ProgramsError::Verify { name, source };
+            let program = classifier(&mut ebpf, name)?;
+            program.load().map_err(error)?;
+            ids.insert(name, program.info().map_err(error)?.id());
         }
-        sk_lookup(&mut ebpf)?
-            .load()
-            .map_err(|source| ProgramsError::Verify {
-                name: "lookup",
-                source,
-            })?;
+        let error = |source| ProgramsError::Verify {
+            name: LOOKUP,
+            source,
+        };
+        let program = sk_lookup(&mut ebpf)?;
+        program.load().map_err(error)?;
+        ids.insert(LOOKUP, program.info().map_err(error)?.id());
         let maps = Maps {
             agents: map(&mut ebpf, "AGENTS")?,
             pods: map(&mut ebpf, "PODS")?,
@@ -166,16 +145,33 @@ impl Programs {
             net_rules: map(&mut ebpf, "NET_RULES")?,
             workers: map(&mut ebpf, "WORKERS")?,
         };
-        Ok(Self { ebpf, maps })
+        Ok(Self {
+            ebpf,
+            maps,
+            method,
+            ids,
+        })
     }
 
     pub fn maps(&mut self) -> &mut Maps {
         &mut self.maps
     }
 
-    /// The programs themselves, for the reader of their log.
+    /// The programs themselves.
     pub fn ebpf(&mut self) -> &mut Ebpf {
         &mut self.ebpf
+    }
+
+    /// Whether the link that is pinned at `pin` attaches this agent's program `name` to `target`
+    /// (an interface's index or a netns's inode).
+    pub fn is_attached(&self, name: &str, pin: &Path, target: u64) -> bool {
+        links::read(pin).is_ok_and(|link| {
+            self.ids.get(name) == Some(&link.program) && u64::from(link.target) == target
+        })
+    }
+
+    pub fn method(&self) -> TcMethod {
+        self.method
     }
 
     /// A handle for one worker.
@@ -228,66 +224,6 @@ impl Programs {
         };
         map.try_into().map_err(error)
     }
-
-    /// Attaches `hook` to an interface of the calling thread's netns and pins the link in `pins`,
-    /// where it outlives the agent. A link of an earlier agent is replaced without a gap.
-    pub fn attach(
-        &mut self,
-        hook: Hook,
-        interface: &str,
-        index: u32,
-        pins: &Path,
-    ) -> Result<(), ProgramsError> {
-        let name = hook.program();
-        let error = |source| ProgramsError::Attach {
-            hook: name,
-            interface: interface.to_owned(),
-            source,
-        };
-        // Before kernel 6.6 programs hang on a qdisc, which may be there already.
-        let _ = tc::qdisc_add_clsact(interface);
-        let program = classifier(&mut self.ebpf, name)?;
-        let id = program
-            .attach(interface, hook.attach_type())
-            .map_err(error)?;
-        let link = program.take_link(id).map_err(error)?;
-        match FdLink::try_from(link) {
-            Ok(link) => pin(link, &pins.join(format!("{index}_{name}"))),
-            // A filter of a qdisc stays by itself, unless the link is dropped.
-            Err(_) => Ok(()),
-        }
-    }
-
-    /// Attaches the choice of listeners to a netns and pins the link in `pins`.
-    pub fn attach_lookup(&mut self, netns: &Netns, pins: &Path) -> Result<(), ProgramsError> {
-        let error = |source| ProgramsError::Attach {
-            hook: "lookup",
-            interface: "the netns".to_owned(),
-            source,
-        };
-        let program = sk_lookup(&mut self.ebpf)?;
-        let id = program.attach(netns).map_err(error)?;
-        let link = program.take_link(id).map_err(error)?;
-        pin(link.into(), &pins.join("lookup"))
-    }
-}
-
-/// Pins `link`, in place of what is pinned there. The old link lives until the new one is
-/// attached and its pin is gone, so there is no gap.
-fn pin(link: FdLink, path: &Path) -> Result<(), ProgramsError> {
-    if path.exists() {
-        drop(PinnedLink::from_pin(path).ok());
-        fs::remove_file(path).map_err(|source| ProgramsError::Pin {
-            path: path.to_owned(),
-            source,
-        })?;
-    }
-    link.pin(path)
-        .map(|_| ())
-        .map_err(|error| ProgramsError::Pin {
-            path: path.to_owned(),
-            source: io::Error::other(error),
-        })
 }
 
 pub fn make_folder(path: &Path) -> Result<(), ProgramsError> {
@@ -297,7 +233,7 @@ pub fn make_folder(path: &Path) -> Result<(), ProgramsError> {
     })
 }
 
-fn classifier<'a>(
+pub fn classifier<'a>(
     ebpf: &'a mut Ebpf,
     name: &'static str,
 ) -> Result<&'a mut SchedClassifier, ProgramsError> {
@@ -307,12 +243,12 @@ fn classifier<'a>(
         .map_err(|source| ProgramsError::Verify { name, source })
 }
 
-fn sk_lookup(ebpf: &mut Ebpf) -> Result<&mut SkLookup, ProgramsError> {
-    ebpf.program_mut("lookup")
-        .ok_or(ProgramsError::Absent("lookup"))?
+pub fn sk_lookup(ebpf: &mut Ebpf) -> Result<&mut SkLookup, ProgramsError> {
+    ebpf.program_mut(LOOKUP)
+        .ok_or(ProgramsError::Absent(LOOKUP))?
         .try_into()
         .map_err(|source| ProgramsError::Verify {
-            name: "lookup",
+            name: LOOKUP,
             source,
         })
 }

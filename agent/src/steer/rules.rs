@@ -1,12 +1,19 @@
 //! Opt-outs of a pod, as entries of the longest-prefix maps.
 
-use std::{collections::HashSet, hash::Hash, net::IpAddr};
+use std::{
+    collections::{HashMap, HashSet},
+    hash::Hash,
+    net::IpAddr,
+};
 
 use aya::maps::MapError;
 use ipnet::IpNet;
 use malla_common::{Address, Direction, NetRule, PodEntry, PortRule, pod_flags};
 
-use super::programs::{Maps, prefix};
+use super::{
+    pod::Pod,
+    programs::{Maps, prefix},
+};
 use crate::model::{FailMode, MtlsMode, NestedMode, PortRange, Settings};
 
 /// A prefix of the bits of `T`.
@@ -59,23 +66,22 @@ impl PodRules {
         rules
     }
 
-    /// What the maps hold for `pod` now.
-    pub fn in_force(pod: u32, maps: &Maps) -> Self {
-        let ports = maps
-            .port_rules
-            .keys()
-            .flatten()
-            .map(|key| (key.prefix_len(), key.data()));
-        let nets = maps
-            .net_rules
-            .keys()
-            .flatten()
-            .map(|key| (key.prefix_len(), key.data()));
-        Self {
-            flags: 0,
-            ports: ports.filter(|(_, rule)| rule.pod == pod).collect(),
-            nets: nets.filter(|(_, rule)| rule.pod == pod).collect(),
+    /// What the maps hold for each pod now.
+    pub fn in_force(maps: &Maps) -> HashMap<u32, Self> {
+        let mut found = HashMap::<u32, Self>::new();
+        for key in maps.port_rules.keys().flatten() {
+            let (bits, rule) = (key.prefix_len(), key.data());
+            found
+                .entry(rule.pod)
+                .or_default()
+                .ports
+                .insert((bits, rule));
         }
+        for key in maps.net_rules.keys().flatten() {
+            let (bits, rule) = (key.prefix_len(), key.data());
+            found.entry(rule.pod).or_default().nets.insert((bits, rule));
+        }
+        found
     }
 
     /// Brings the maps from `old` to this. New rules come first, so that nothing that is opted
@@ -88,19 +94,38 @@ impl PodRules {
             maps.net_rules.insert(&prefix(bits, rule), 1, 0)?;
         }
         for (bits, rule) in missing(&old.ports, &self.ports) {
-            maps.port_rules.remove(&prefix(bits, rule))?;
+            unless_absent(maps.port_rules.remove(&prefix(bits, rule)))?;
         }
         for (bits, rule) in missing(&old.nets, &self.nets) {
-            maps.net_rules.remove(&prefix(bits, rule))?;
+            unless_absent(maps.net_rules.remove(&prefix(bits, rule)))?;
         }
         Ok(())
     }
 
-    pub fn entry(&self, pod: u32) -> PodEntry {
+    /// Adds the entries of `other`.
+    pub fn absorb(&mut self, other: &Self) {
+        self.ports.extend(&other.ports);
+        self.nets.extend(&other.nets);
+    }
+
+    pub fn entry(&self, pod: &Pod) -> PodEntry {
         PodEntry {
-            pod,
+            pod: pod.id,
             flags: self.flags,
+            outbound_port: pod.listener_ports.outbound,
+            reserved: 0,
         }
+    }
+}
+
+fn unless_absent(removed: Result<(), MapError>) -> Result<(), MapError> {
+    match removed {
+        Err(MapError::SyscallError(error))
+            if error.io_error.raw_os_error() == Some(libc::ENOENT) =>
+        {
+            Ok(())
+        }
+        other => other,
     }
 }
 

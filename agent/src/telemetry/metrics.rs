@@ -27,6 +27,7 @@ use super::{
     load::LoadMetrics,
     logging::DroppedLines,
     process,
+    steering::SteeringMetrics,
     transport::{self, Transports, WorkerMetrics},
 };
 
@@ -81,6 +82,7 @@ pub struct Metrics {
     identity: IdentityMetrics,
     pods_enrolled: IntGauge,
     enrolment_errors: IntCounterVec,
+    steering: SteeringMetrics,
 }
 
 impl Metrics {
@@ -163,6 +165,7 @@ impl Metrics {
                 "Pods that could not be enrolled or withdrawn, by cause.",
                 &["reason"],
             ),
+            steering: SteeringMetrics::new(&registry),
             registry,
             transports,
             kernel,
@@ -239,6 +242,11 @@ impl Metrics {
     /// A pod could not be enrolled or withdrawn. `reason` is the label of the error's variant.
     pub fn enrolment_error(&self, reason: &'static str) {
         self.enrolment_errors.with_label_values(&[reason]).inc();
+    }
+
+    /// What the control side tells of steering.
+    pub fn steering(&self) -> &SteeringMetrics {
+        &self.steering
     }
 
     /// All metrics in Prometheus' text format 0.0.4.

@@ -19,6 +19,7 @@ mod logging;
 mod metrics;
 mod process;
 mod readiness;
+mod steering;
 mod transport;
 
 use std::fmt;

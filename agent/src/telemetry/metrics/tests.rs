@@ -100,6 +100,8 @@ fn the_control_side_counts_results() {
     metrics.accept_error(Role::Mesh, &io::Error::from(Errno::EMFILE));
     metrics.identity().set_refreshes(1, 0);
     metrics.set_pods_enrolled(3);
+    metrics.steering().set_pods_degraded("mesh_port", 2);
+    metrics.steering().set_cgroup_left(true);
     metrics.enrolment_error("netns_gone");
     for line in [
         "malla_discovery_reloads_total{result=\"ok\"} 1",
@@ -107,6 +109,8 @@ fn the_control_side_counts_results() {
         "malla_accept_errors_total{errno=\"EMFILE\",role=\"mesh\"} 1",
         "control_identity_cert_refreshes_total{result=\"ok\"} 1",
         "malla_pods_enrolled 3",
+        "malla_pods_degraded{reason=\"mesh_port\"} 2",
+        "malla_agent_cgroup_left 1",
         "malla_enrolment_errors_total{reason=\"netns_gone\"} 1",
     ] {
         assert!(has(&metrics, line), "{line}");

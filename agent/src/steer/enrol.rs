@@ -1,0 +1,269 @@
+//! The enrolment of one pod: what is checked, and what is set up in its netns.
+//!
+//! An enrolment that fails leaves nothing of its own. But a pod that an earlier agent enrolled
+//! stays as that one left it, closed, until it is enrolled or withdrawn.
+
+use std::{
+    collections::HashSet,
+    io,
+    net::IpAddr,
+    os::fd::AsRawFd,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use arc_swap::ArcSwap;
+use malla_common::{ListenerKey, Role};
+
+use super::{
+    Steering,
+    attach::Hook,
+    dial_ports::DialPorts,
+    enrolment::Enrolment,
+    inherited::Inherited,
+    listeners::{self, ListenerPorts, PodListeners},
+    lock,
+    netns::Netns,
+    network::{LOOPBACK, Network, NetworkError},
+    pod::Pod,
+    programs::{Programs, ProgramsError},
+    record::{self, Record},
+    routes::Routes,
+    routing,
+};
+use crate::model::{Settings, Workload, WorkloadId};
+
+/// Why a pod can't be enrolled.
+#[derive(Debug, thiserror::Error)]
+pub enum EnrolError {
+    #[error("can't open its netns {path}: {source}")]
+    Netns { path: PathBuf, source: io::Error },
+    #[error("its netns {0} is the agent's own: a pod on the host network can't be meshed")]
+    HostNetns(PathBuf),
+    #[error("its netns {path} is that of {owner} already")]
+    SharedNetns { path: PathBuf, owner: WorkloadId },
+    #[error("its address {address} isn't in its netns {path}, which has {found:?}")]
+    AddressAbsent {
+        address: IpAddr,
+        path: PathBuf,
+        found: Vec<IpAddr>,
+    },
+    #[error("no port is left for the agent's listeners beside the pod's own")]
+    NoPort,
+    #[error("can't listen in its netns: {0}")]
+    Listen(io::Error),
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    #[error(transparent)]
+    Programs(#[from] ProgramsError),
+    #[error("the agent already has as many pods as there are numbers")]
+    TooMany,
+}
+
+impl EnrolError {
+    /// The word for metrics.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Netns { .. } => "netns",
+            Self::HostNetns(_) => "host_netns",
+            Self::SharedNetns { .. } => "shared_netns",
+            Self::AddressAbsent { .. } => "address_absent",
+            Self::NoPort => "no_port",
+            Self::Listen(_) => "listen",
+            Self::Network(_) => "network",
+            Self::Programs(_) => "programs",
+            Self::TooMany => "too_many",
+        }
+    }
+}
+
+impl Steering {
+    /// Enrols a pod: its traffic goes to the listeners that are handed back, one set for each
+    /// worker.
+    pub async fn enrol(
+        &mut self,
+        workload: &Workload,
+    ) -> Result<(Enrolment, Vec<PodListeners>), EnrolError> {
+        let netns = self.open(workload)?;
+        let (network, changes) = Network::open(&netns, &self.home)?;
+        check_addresses(&network, workload).await?;
+        let pins = record::folder(&self.links, &workload.id, netns.id());
+        self.bury_others(&workload.id, &pins).await;
+
+        let earlier = Record::read(&pins);
+        let (listener_ports, listeners, dial_ports, accept_local) =
+            self.open_sockets(&netns, workload)?;
+        let record = Record {
+            pod: match &earlier {
+                Some(earlier) => earlier.pod,
+                None => self.free_number()?,
+            },
+            accept_local: earlier.as_ref().map_or(accept_local, |r| r.accept_local),
+            netns: netns.id(),
+            path: workload.netns.clone().unwrap_or_default(),
+        };
+        let id = record.pod;
+        let pod = Arc::new(Pod {
+            id,
+            netns,
+            home: Arc::clone(&self.home),
+            listener_ports,
+            dial_ports,
+            routes: Routes::default(),
+            addresses: ArcSwap::default(),
+        });
+        self.numbers.insert(id);
+        let enrolment = Enrolment::new(
+            workload.id.clone(),
+            &pod,
+            network,
+            Arc::clone(&self.programs),
+            pins,
+            record,
+            self.inherited.remove(&id).unwrap_or_default(),
+        );
+        if let Err(error) = self
+            .set_up(&enrolment, &workload.settings, &listeners)
+            .await
+        {
+            if earlier.is_none() {
+                self.withdraw(enrolment).await;
+            } else {
+                let left = Inherited::all(lock(&self.programs).maps()).remove(&id);
+                self.inherited.insert(id, left.unwrap_or_default());
+            }
+            return Err(error);
+        }
+        self.netns_owners
+            .insert(pod.netns.id(), workload.id.clone());
+        Ok((enrolment.watched(changes), listeners))
+    }
+
+    /// Opens the netns of a workload, which must be its own.
+    fn open(&self, workload: &Workload) -> Result<Netns, EnrolError> {
+        let path = workload.netns.as_deref().unwrap_or(Path::new(""));
+        let netns = Netns::open(path).map_err(netns_error(path))?;
+        if netns.id() == self.home.id() {
+            return Err(EnrolError::HostNetns(path.to_owned()));
+        }
+        match self.netns_owners.get(&netns.id()) {
+            Some(owner) if *owner != workload.id => Err(EnrolError::SharedNetns {
+                path: path.to_owned(),
+                owner: owner.clone(),
+            }),
+            _ => Ok(netns),
+        }
+    }
+
+    fn free_number(&self) -> Result<u32, EnrolError> {
+        (1..u32::MAX)
+            .find(|number| !self.numbers.contains(number))
+            .ok_or(EnrolError::TooMany)
+    }
+
+    /// Makes the agent's sockets in the pod's netns, clear of the pod's own ports. Also says
+    /// whether `accept_local` is set there.
+    fn open_sockets(
+        &self,
+        netns: &Netns,
+        workload: &Workload,
+    ) -> Result<(ListenerPorts, Vec<PodListeners>, DialPorts, bool), EnrolError> {
+        let declared: HashSet<u16> = workload.ports.iter().map(|port| port.port).collect();
+        let range = workload.settings.dial_ports;
+        let path = workload.netns.as_deref().unwrap_or(Path::new(""));
+        let open = || {
+            let mut taken: HashSet<u16> = listeners::local_ports()
+                .into_iter()
+                .map(|(port, _)| port)
+                .collect();
+            taken.extend(&declared);
+            let ephemeral = listeners::ephemeral_ports();
+            let free = listeners::choose_ports(&ephemeral, range, |port| taken.contains(&port))
+                .ok_or(EnrolError::NoPort)?;
+            let (ports, sets) = listeners::bind(self.workers, free).map_err(EnrolError::Listen)?;
+            let dial = DialPorts::new(range, |port| ports.contains(port) || taken.contains(&port))
+                .map_err(netns_error(path))?;
+            Ok((ports, sets, dial, routing::accepts_local()))
+        };
+        netns.enter(&self.home, open).map_err(netns_error(path))?
+    }
+
+    async fn set_up(
+        &self,
+        enrolment: &Enrolment,
+        settings: &Settings,
+        listeners: &[PodListeners],
+    ) -> Result<(), EnrolError> {
+        let pod = enrolment.pod();
+        enrolment.make_folder()?;
+        enrolment.network().route_steered().await?;
+        enrolment.update(settings)?;
+        {
+            let mut programs = lock(&self.programs);
+            insert_listeners(&mut programs, pod.id, listeners)?;
+            programs.attach_lookup(&pod.netns, enrolment.pins())?;
+            let attach = || programs.attach(Hook::Loopback, "lo", LOOPBACK, enrolment.pins());
+            pod.netns
+                .enter(&self.home, attach)
+                .map_err(netns_error(Path::new("lo")))??;
+        }
+        enrolment.refresh().await
+    }
+}
+
+/// Whether the netns has each address that the workload is said to have.
+async fn check_addresses(network: &Network, workload: &Workload) -> Result<(), EnrolError> {
+    let found = network.addresses().await?;
+    match workload.addresses.iter().find(|a| !found.contains(a)) {
+        None => Ok(()),
+        Some(address) => Err(EnrolError::AddressAbsent {
+            address: *address,
+            path: workload.netns.clone().unwrap_or_default(),
+            found,
+        }),
+    }
+}
+
+fn netns_error(path: &Path) -> impl Fn(io::Error) -> EnrolError {
+    move |source| EnrolError::Netns {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+fn insert_listeners(
+    programs: &mut Programs,
+    pod: u32,
+    listeners: &[PodListeners],
+) -> Result<(), ProgramsError> {
+    let maps = programs.maps();
+    for set in listeners {
+        maps.listener_pods
+            .insert(&set.outbound, pod, 0)
+            .map_err(|source| ProgramsError::Map {
+                name: "LISTENER_PODS",
+                source,
+            })?;
+    }
+    let map = &mut maps.listeners;
+    // Slot 0 says that all are there, so it comes last.
+    for (slot, set) in (0_u16..)
+        .zip(listeners)
+        .collect::<Vec<_>>()
+        .into_iter()
+        .rev()
+    {
+        for (role, listener) in [
+            (Role::Outbound, &set.outbound),
+            (Role::Inbound, &set.inbound),
+            (Role::Mesh, &set.mesh),
+        ] {
+            map.insert(ListenerKey::new(pod, role, slot), listener.as_raw_fd(), 0)
+                .map_err(|source| ProgramsError::Map {
+                    name: "LISTENERS",
+                    source,
+                })?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,389 @@
+//! A pod that is steered: its interfaces and addresses are followed while it lives, and what was set
+//! up is taken away when it is withdrawn.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use malla_common::{Address, PodEntry, ports};
+use tokio::task::JoinHandle;
+
+use super::{
+    attach::Hook,
+    enrol::EnrolError,
+    inherited::Inherited,
+    listeners, lock,
+    network::{Changes, Interface, Network},
+    pod::Pod,
+    programs::{self, Programs, ProgramsError},
+    record::Record,
+    rules::PodRules,
+    withdraw,
+};
+use crate::model::{InterfaceMode, Settings, WorkloadId};
+
+/// Why a pod isn't served as it should be, though it is enrolled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Degradation {
+    /// An interface can't be steered and was set down.
+    InterfaceRefused,
+    /// An interface can't be steered and was left as it is.
+    InterfaceUnsteered,
+    /// The app listens on the mesh port: it isn't reached there from outside the pod.
+    MeshPort,
+}
+
+impl Degradation {
+    pub const ALL: [Self; 3] = [
+        Self::InterfaceRefused,
+        Self::InterfaceUnsteered,
+        Self::MeshPort,
+    ];
+
+    /// The word for metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::InterfaceRefused => "interface_refused",
+            Self::InterfaceUnsteered => "interface_unsteered",
+            Self::MeshPort => "mesh_port",
+        }
+    }
+}
+
+/// A pod that is steered. Dropping it ends the watch and leaves the pod closed.
+pub struct Enrolment {
+    inner: Arc<Inner>,
+    watch: JoinHandle<()>,
+}
+
+struct Inner {
+    workload: WorkloadId,
+    pod: Arc<Pod>,
+    network: Network,
+    programs: Arc<Mutex<Programs>>,
+    pins: PathBuf,
+    record: Record,
+    state: Mutex<State>,
+}
+
+/// What is in force, to be compared with what should be.
+#[derive(Debug, Default)]
+struct State {
+    rules: PodRules,
+    interface_mode: InterfaceMode,
+    /// Addresses that stand in the pod map.
+    addresses: HashSet<IpAddr>,
+    /// Interfaces by index.
+    interfaces: HashMap<u32, Steered>,
+}
+
+/// What became of an interface.
+#[derive(Debug)]
+struct Steered {
+    name: String,
+    /// The kind that it had then; that of a TUN interface can change.
+    ethernet: Option<bool>,
+    /// Why its programs couldn't be attached.
+    failure: Option<String>,
+    /// Whether steered packets to link-local addresses find their way. The kernel forgets that
+    /// when the interface is set down.
+    routed: bool,
+}
+
+impl Drop for Enrolment {
+    fn drop(&mut self) {
+        self.watch.abort();
+    }
+}
+
+impl Enrolment {
+    /// A pod of which nothing is set up yet but what was inherited.
+    pub(super) fn new(
+        workload: WorkloadId,
+        pod: &Arc<Pod>,
+        network: Network,
+        programs: Arc<Mutex<Programs>>,
+        pins: PathBuf,
+        record: Record,
+        inherited: Inherited,
+    ) -> Self {
+        let state = State {
+            rules: inherited.rules,
+            addresses: inherited.addresses,
+            ..State::default()
+        };
+        let inner = Inner {
+            workload,
+            pod: Arc::clone(pod),
+            network,
+            programs,
+            pins,
+            record,
+            state: Mutex::new(state),
+        };
+        Self {
+            inner: Arc::new(inner),
+            watch: tokio::spawn(std::future::ready(())),
+        }
+    }
+
+    pub fn workload(&self) -> &WorkloadId {
+        &self.inner.workload
+    }
+
+    pub fn pod(&self) -> &Arc<Pod> {
+        &self.inner.pod
+    }
+
+    pub(super) fn pins(&self) -> &Path {
+        &self.inner.pins
+    }
+
+    pub(super) fn network(&self) -> &Network {
+        &self.inner.network
+    }
+
+    /// Makes the folder of pins and writes the record that an agent to come will want.
+    pub(super) fn make_folder(&self) -> Result<(), ProgramsError> {
+        let pins = &self.inner.pins;
+        programs::make_folder(pins)?;
+        let written = self.inner.record.write(pins);
+        written.map_err(|source| ProgramsError::Pin {
+            path: pins.clone(),
+            source,
+        })
+    }
+
+    /// Puts changed settings in force for new connections.
+    pub fn update(&self, settings: &Settings) -> Result<(), ProgramsError> {
+        self.inner.update(settings)
+    }
+
+    /// Makes the kernel's state that of the pod's present interfaces and addresses.
+    pub(super) async fn refresh(&self) -> Result<(), EnrolError> {
+        self.inner.refresh().await
+    }
+
+    /// Follows the pod's interfaces and addresses from now on.
+    pub(super) fn watched(mut self, mut changes: Changes) -> Self {
+        let inner = Arc::clone(&self.inner);
+        self.watch = tokio::spawn(async move {
+            while changes.next().await.is_some() {
+                if let Err(error) = inner.refresh().await {
+                    tracing::warn!(workload = %inner.workload, %error, "can't follow a pod's network");
+                }
+            }
+        });
+        self
+    }
+
+    /// Why the pod is degraded now, with what a human wants to know of it.
+    pub fn degradations(&self) -> BTreeMap<Degradation, String> {
+        let mut found = BTreeMap::new();
+        let state = self.inner.state();
+        let unsteered = match state.interface_mode {
+            InterfaceMode::Refuse => Degradation::InterfaceRefused,
+            InterfaceMode::Allow => Degradation::InterfaceUnsteered,
+        };
+        for interface in state.interfaces.values() {
+            if let Some(failure) = &interface.failure {
+                found.insert(unsteered, format!("{}: {failure}", interface.name));
+            }
+        }
+        let pod = &self.inner.pod;
+        if pod.listener_ports.mesh != ports::MESH {
+            let sockets = pod.netns.enter(&pod.home, listeners::local_ports);
+            if sockets.unwrap_or_default().contains(&(ports::MESH, true)) {
+                let what = format!("its app listens on port {}", ports::MESH);
+                found.insert(Degradation::MeshPort, what);
+            }
+        }
+        found
+    }
+
+    /// Restores plain networking: detaches, removes rules, routes and map entries.
+    pub(super) async fn withdraw(self) {
+        // The watch must not undo what is undone here.
+        self.watch.abort();
+        let inner = &self.inner;
+        let pod = &inner.pod;
+        withdraw::restore(
+            &inner.pins,
+            &inner.record,
+            &pod.netns,
+            &pod.home,
+            &inner.network,
+        )
+        .await;
+        let mut state = inner.state();
+        let entries = Inherited {
+            addresses: std::mem::take(&mut state.addresses),
+            rules: std::mem::take(&mut state.rules),
+        };
+        entries.remove(lock(&inner.programs).maps());
+    }
+}
+
+impl Inner {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn update(&self, settings: &Settings) -> Result<(), ProgramsError> {
+        let mut state = self.state();
+        let rules = PodRules::new(self.pod.id, settings);
+        let mut programs = lock(&self.programs);
+        let maps = programs.maps();
+        let before = state.rules.clone();
+        // Should it fail half-way, some of each may stand.
+        state.rules.absorb(&rules);
+        rules
+            .replace(&before, maps)
+            .map_err(|source| ProgramsError::Map {
+                name: "PORT_RULES",
+                source,
+            })?;
+        let entry = rules.entry(&self.pod);
+        for address in &state.addresses {
+            insert_address(&mut programs, *address, entry)?;
+        }
+        state.rules = rules;
+        state.interface_mode = settings.interfaces;
+        Ok(())
+    }
+
+    async fn refresh(&self) -> Result<(), EnrolError> {
+        let addresses = self.network.addresses().await?.into_iter().collect();
+        let interfaces = self.network.interfaces().await?;
+        let (refused, unrouted) = {
+            let mut state = self.state();
+            let mut programs = lock(&self.programs);
+            self.follow_addresses(&mut state, &mut programs, addresses)?;
+            self.follow_interfaces(&mut state, &mut programs, &interfaces)
+        };
+        for interface in refused {
+            self.network.set_down(interface).await?;
+        }
+        for interface in unrouted {
+            match self.network.route_link_local(interface).await {
+                Ok(()) => {
+                    if let Some(steered) = self.state().interfaces.get_mut(&interface.index) {
+                        steered.routed = true;
+                    }
+                }
+                // It may be gone or down again; the next change tells.
+                Err(error) => {
+                    tracing::debug!(workload = %self.workload, interface = interface.name, %error, "no link-local route");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn follow_addresses(
+        &self,
+        state: &mut State,
+        programs: &mut Programs,
+        mut addresses: HashSet<IpAddr>,
+    ) -> Result<(), ProgramsError> {
+        // An address that another pod holds stays its own: it may be that of a bridge which both
+        // have, or one that an app with CAP_NET_ADMIN took.
+        addresses.retain(|address| {
+            let other = programs.maps().pods.get(&Address::from(*address), 0);
+            other.map_or(true, |entry| entry.pod == self.pod.id)
+        });
+        let entry = state.rules.entry(&self.pod);
+        for address in state.addresses.extract_if(|a| !addresses.contains(a)) {
+            let _ = programs.maps().pods.remove(&Address::from(address));
+        }
+        for address in &addresses {
+            if !state.addresses.contains(address) {
+                insert_address(programs, *address, entry)?;
+                // At once: if the next one fails, this one has to go too.
+                state.addresses.insert(*address);
+            }
+        }
+        self.pod.addresses.store(Arc::new(addresses));
+        Ok(())
+    }
+
+    /// Attaches to what is new. Returns what is to be set down, and what has no link-local route.
+    fn follow_interfaces<'a>(
+        &self,
+        state: &mut State,
+        programs: &mut Programs,
+        interfaces: &'a [Interface],
+    ) -> (Vec<&'a Interface>, Vec<&'a Interface>) {
+        let (mut refused, mut unrouted) = (Vec::new(), Vec::new());
+        let mode = state.interface_mode;
+        state.interfaces.retain(|index, steered| {
+            let mut same = interfaces.iter().filter(|i| i.index == *index);
+            same.any(|i| i.ethernet == steered.ethernet)
+        });
+        for interface in interfaces {
+            let steered = state.interfaces.entry(interface.index).or_insert_with(|| {
+                let attached = self.attach(programs, interface);
+                let failure = attached.err().map(|error| error.to_string());
+                if let Some(error) = &failure {
+                    tracing::warn!(workload = %self.workload, interface = interface.name, error, "an interface can't be steered");
+                }
+                Steered {
+                    name: interface.name.clone(),
+                    ethernet: interface.ethernet,
+                    failure,
+                    routed: false,
+                }
+            });
+            if steered.failure.is_some() {
+                // The first time, and whenever it is set up again.
+                if interface.up && mode == InterfaceMode::Refuse {
+                    refused.push(interface);
+                }
+                continue;
+            }
+            steered.routed &= interface.up;
+            if interface.up && !steered.routed {
+                unrouted.push(interface);
+            }
+        }
+        (refused, unrouted)
+    }
+
+    fn attach(&self, programs: &mut Programs, interface: &Interface) -> Result<(), AttachError> {
+        let ethernet = interface.ethernet.ok_or(AttachError::Kind)?;
+        let (name, index) = (&interface.name, interface.index);
+        let attach = || {
+            programs.attach(Hook::Ingress { ethernet }, name, index, &self.pins)?;
+            programs.attach(Hook::Egress { ethernet }, name, index, &self.pins)
+        };
+        let entered = self.pod.netns.enter(&self.pod.home, attach);
+        Ok(entered.map_err(AttachError::Enter)??)
+    }
+}
+
+/// Why an interface can't be steered.
+#[derive(Debug, thiserror::Error)]
+enum AttachError {
+    #[error("the kind of the interface isn't known")]
+    Kind,
+    #[error("can't enter the netns: {0}")]
+    Enter(std::io::Error),
+    #[error(transparent)]
+    Programs(#[from] ProgramsError),
+}
+
+fn insert_address(
+    programs: &mut Programs,
+    address: IpAddr,
+    entry: PodEntry,
+) -> Result<(), ProgramsError> {
+    let pods = &mut programs.maps().pods;
+    pods.insert(Address::from(address), entry, 0)
+        .map_err(|source| ProgramsError::Map {
+            name: "PODS",
+            source,
+        })
+}

@@ -1,0 +1,130 @@
+//! Taking away what was set up for a pod: that of a living enrolment, and what an earlier agent
+//! left.
+//!
+//! Links, pins, rules and map entries belong to the pod, not to an agent: they go when the pod
+//! leaves the mesh or is gone, whoever made them.
+
+use std::{collections::HashSet, path::Path};
+
+use super::{
+    Steering, attach,
+    enrolment::Enrolment,
+    inherited::Inherited,
+    links, lock,
+    netns::Netns,
+    network::Network,
+    record::{self, Record},
+};
+use crate::model::WorkloadId;
+
+impl Steering {
+    /// Restores the plain networking of a pod and forgets it.
+    pub async fn withdraw(&mut self, enrolment: Enrolment) {
+        self.forget_owner(enrolment.workload());
+        self.numbers.remove(&enrolment.pod().id);
+        enrolment.withdraw().await;
+    }
+
+    /// Takes away whatever is left of a workload that isn't enrolled.
+    pub async fn remove(&mut self, workload: &WorkloadId) {
+        self.forget_owner(workload);
+        for folder in record::folders(&self.links, workload) {
+            self.take_away(&folder).await;
+        }
+    }
+
+    /// Takes away what an earlier agent left of workloads that `keep` doesn't hold.
+    pub async fn remove_leftovers(&mut self, keep: impl Fn(&WorkloadId) -> bool) {
+        let mut kept = HashSet::new();
+        for (workload, folder) in record::all(&self.links) {
+            if keep(&workload) {
+                kept.extend(Record::read(&folder).map(|record| record.pod));
+            } else {
+                tracing::info!(%workload, "removing what is left of a workload that is gone");
+                self.take_away(&folder).await;
+            }
+        }
+        let orphans = self.inherited.extract_if(|pod, _| !kept.contains(pod));
+        let mut programs = lock(&self.programs);
+        for (pod, entries) in orphans {
+            self.numbers.remove(&pod);
+            entries.remove(programs.maps());
+        }
+    }
+
+    /// Closes the books of pods that had this workload's name in another netns than that of
+    /// `present`. Where such a netns still runs out of our reach its programs stay, so that it
+    /// stays closed; those that are attached to nothing go.
+    pub(super) async fn bury_others(&mut self, workload: &WorkloadId, present: &Path) {
+        for folder in record::folders(&self.links, workload) {
+            if folder == present {
+                continue;
+            }
+            let record = Record::read(&folder);
+            let runs = links_of(&folder).any(|target| target != 0);
+            if runs && let Some(record) = record.filter(|record| reopen(record).is_none()) {
+                self.forget_entries(record.pod);
+            } else {
+                self.take_away(&folder).await;
+            }
+        }
+    }
+
+    async fn take_away(&mut self, folder: &Path) {
+        let Some(record) = Record::read(folder) else {
+            record::remove(folder);
+            return;
+        };
+        if let Some(netns) = reopen(&record)
+            && let Ok((network, _)) = Network::open(&netns, &self.home)
+        {
+            restore(folder, &record, &netns, &self.home, &network).await;
+        }
+        record::remove(folder);
+        self.forget_entries(record.pod);
+        self.numbers.remove(&record.pod);
+    }
+
+    fn forget_entries(&mut self, pod: u32) {
+        let mut programs = lock(&self.programs);
+        let maps = programs.maps();
+        let entries = self.inherited.remove(&pod);
+        let entries = entries.or_else(|| Inherited::all(maps).remove(&pod));
+        entries.unwrap_or_default().remove(maps);
+    }
+
+    fn forget_owner(&mut self, workload: &WorkloadId) {
+        self.netns_owners.retain(|_, owner| owner != workload);
+    }
+}
+
+/// Detaches all programs of a netns, then takes away what brought steered packets to its stack.
+pub(super) async fn restore(
+    pins: &Path,
+    record: &Record,
+    netns: &Netns,
+    home: &Netns,
+    network: &Network,
+) {
+    let names = network.names().await.unwrap_or_default();
+    let qdiscs = netns.enter(home, || attach::detach_filters(pins, &names));
+    for index in qdiscs.unwrap_or_default() {
+        network.remove_qdisc(index).await;
+    }
+    record::remove(pins);
+    network.unroute_steered(record.accept_local).await;
+}
+
+/// The netns of a record, if it is still the one at its path.
+fn reopen(record: &Record) -> Option<Netns> {
+    let netns = Netns::open(&record.path).ok()?;
+    (netns.id() == record.netns).then_some(netns)
+}
+
+/// What the links that are pinned in `folder` are attached to.
+fn links_of(folder: &Path) -> impl Iterator<Item = u32> {
+    let pins = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    pins.filter(|pin| !pin.path().is_symlink())
+        .filter_map(|pin| links::read(&pin.path()).ok())
+        .map(|link| link.target)
+}

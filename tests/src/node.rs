@@ -133,6 +133,15 @@ impl Node {
         &self.bpffs
     }
 
+    /// Where the node's agent pins a map. Panics where none has run yet.
+    pub fn pinned_map(&self, name: &str) -> PathBuf {
+        let maps = self.bpffs().join("maps");
+        let mut layouts = fs::read_dir(&maps).expect("an agent makes its folder of maps");
+        let layout = layouts.next().and_then(Result::ok);
+        let layout = layout.unwrap_or_else(|| panic!("{} is empty", maps.display()));
+        layout.path().join(name)
+    }
+
     /// The node's own addresses, which its agent's metrics and probes are on.
     pub fn addresses(&self) -> [IpAddr; 2] {
         let (v4, v6) = addresses(self.index);

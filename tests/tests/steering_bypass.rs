@@ -400,8 +400,9 @@ fn a_frame_that_is_sent_as_of_another_protocol_does_not_leave_the_pod() {
     let tun = "tuntap add tun7 mode tun\nlink set tun7 up\n";
     scene.client.netns().ip(tun).unwrap();
     let links = scene.a.bpffs().join("links/default/client");
+    let pins = fs::read_dir(links).unwrap().next().unwrap().unwrap().path();
     eventually("the interface to be steered", LIMIT, || {
-        let mut links = fs::read_dir(&links).unwrap().flatten();
+        let mut links = fs::read_dir(&pins).unwrap().flatten();
         links.any(|link| link.file_name().as_bytes().ends_with(b"_egress_l3"))
     })
     .unwrap();

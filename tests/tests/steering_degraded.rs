@@ -174,7 +174,7 @@ fn an_address_that_two_pods_hold_stays_its_first_owners() {
     let mut scene = Scene::new();
     scene.bed.start_agents().unwrap();
     let (client, server) = (&scene.client, &scene.server);
-    let map = scene.node.bpffs().join("maps/v1/PODS");
+    let map = scene.node.pinned_map("PODS");
     let ask = |words: &[&str]| {
         let command = [
             "bpftool",

@@ -77,7 +77,7 @@ impl Scene {
 
     /// How many entries a map has.
     fn entries(&self, map: &str) -> usize {
-        let path = self.node.bpffs().join("maps/v1").join(map);
+        let path = self.node.pinned_map(map);
         let path = path.to_str().unwrap();
         let dump = self
             .node
@@ -93,11 +93,11 @@ impl Scene {
 
     /// Fills the map of addresses, or takes out what it was filled with.
     fn fill(&self, operation: &str) {
-        let map = self.node.bpffs().join("maps/v1/PODS");
+        let map = self.node.pinned_map("PODS");
         let line = |number: u16| {
             let [high, low] = number.to_be_bytes();
             let value = match operation {
-                "update" => " value hex 0f 27 0 0 0 0 0 0",
+                "update" => " value hex 0f 27 0 0 0 0 0 0 0 0 0 0",
                 _ => "",
             };
             format!(

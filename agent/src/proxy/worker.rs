@@ -17,7 +17,7 @@ use anyhow::Context;
 use aya::maps::{Array, HashMap as BpfHashMap, MapData};
 use malla_common::{Flow, Reason, WorkerLoad};
 use tokio::{
-    runtime::{self, LocalOptions},
+    runtime::{self, LocalOptions, LocalRuntime},
     sync::{mpsc, watch},
     task::AbortHandle,
 };
@@ -86,16 +86,32 @@ impl Workers {
         };
         let handles: Vec<WorkerHandles> = handles.into_iter().collect();
         let board = Arc::new(Board::new(handles.len()));
+        let (started, starts) = std::sync::mpsc::channel();
         for (index, handles) in handles.into_iter().enumerate() {
             let (sender, receiver) = mpsc::channel(QUEUE);
             let (shared, live) = (shared.clone(), Arc::clone(&workers.live));
-            let board = Arc::clone(&board);
+            let (board, started) = (Arc::clone(&board), started.clone());
             let thread = thread::Builder::new()
                 .name(format!("worker-{index}"))
-                .spawn(move || run(index, shared, board, handles, live, receiver))
+                .spawn(move || {
+                    let (runtime, result) = match make_runtime() {
+                        Ok(runtime) => (Some(runtime), Ok(())),
+                        Err(error) => (None, Err(error)),
+                    };
+                    let _ = started.send(result);
+                    if let Some(runtime) = runtime {
+                        run(&runtime, index, shared, board, handles, live, receiver);
+                    }
+                })
                 .context("can't start a worker thread")?;
             workers.commands.push(sender);
             workers.threads.push(thread);
+        }
+        // An agent is not ready before all its workers are.
+        for _ in &workers.threads {
+            starts
+                .recv()?
+                .context("can't start the runtime of a worker")?;
         }
         Ok(workers)
     }
@@ -352,7 +368,16 @@ impl Worker {
     }
 }
 
+fn make_runtime() -> std::io::Result<LocalRuntime> {
+    runtime::Builder::new_current_thread()
+        .enable_all()
+        // How long tasks run before sockets are looked at is for `turns` to say.
+        .event_interval(1)
+        .build_local(LocalOptions::default())
+}
+
 fn run(
+    runtime: &LocalRuntime,
     index: usize,
     shared: Shared,
     board: Arc<Board>,
@@ -360,18 +385,6 @@ fn run(
     live: Arc<AtomicU32>,
     mut commands: mpsc::Receiver<Command>,
 ) {
-    let runtime = match runtime::Builder::new_current_thread()
-        .enable_all()
-        // How long tasks run before sockets are looked at is for `turns` to say.
-        .event_interval(1)
-        .build_local(LocalOptions::default())
-    {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            tracing::error!(worker = index, %error, "a worker can't start its runtime");
-            return;
-        }
-    };
     let mesh = Arc::clone(&shared.mesh.borrow());
     let worker = Rc::new(Worker {
         mesh: RefCell::new(mesh),

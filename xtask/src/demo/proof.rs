@@ -121,13 +121,10 @@ fn stranger_is_refused(scene: &mut Scene) -> Result<String> {
         "it was answered: {}",
         refused.stdout
     );
-    let cause = refused.stderr.lines().last().unwrap_or_default();
-    ensure!(
-        ["reset", "refused"]
-            .iter()
-            .any(|word| refused.stderr.contains(word)),
-        "it was not refused, but failed: {cause}"
-    );
+    let mut said = refused.stderr.lines();
+    let cause = said.find(|line| ["reset", "refused"].iter().any(|word| line.contains(word)));
+    let cause =
+        cause.with_context(|| format!("it was not refused, but failed: {}", refused.stderr))?;
     Ok(cause.trim().to_owned())
 }
 

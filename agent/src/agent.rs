@@ -4,17 +4,21 @@
 
 use std::{
     collections::HashMap,
+    convert::Infallible,
+    io,
     net::{IpAddr, SocketAddr, TcpListener},
     path::PathBuf,
+    pin::Pin,
     sync::Arc,
     time::Duration,
 };
 
 use anyhow::{Context, bail};
 use malla_common::{Counter, MAX_WORKERS, Outcome};
+use socket2::{Domain, Socket, Type};
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::watch,
+    sync::{oneshot, watch},
     time::{Instant, sleep_until},
 };
 
@@ -24,7 +28,7 @@ use crate::{
     model::{Mesh, Node, Workload, WorkloadId},
     proxy::{Shared, Workers},
     report::Report,
-    steer::{EbpfLog, Enrolment, Steering, TcMethod},
+    steer::{EbpfLog, Enrolment, Pod, Steering, TcMethod},
     telemetry::{self, KernelCount, Metrics, Readiness, ReadinessTask},
 };
 
@@ -32,6 +36,13 @@ use crate::{
 const ADMIN_PORT: u16 = 4191;
 /// How long after a failure a pod's enrolment is tried again.
 const ENROL_AGAIN: Duration = Duration::from_millis(500);
+/// How often an agent looks whether another has taken over.
+const LOOK_FOR_SUCCESSOR: Duration = Duration::from_millis(100);
+/// How long an agent that is told to end waits for one that is starting to take over.
+const SUCCESSOR_PATIENCE: Duration = Duration::from_secs(30);
+/// How long listeners stay open whose place another agent's have taken: a connection that was
+/// answered there is completed there, and a lost packet is sent again after 1 and 3 s.
+const ACCEPT_GRACE: Duration = Duration::from_secs(5);
 /// How long the agent waits for its pods' first certificates before it is ready without them.
 const CERTIFICATE_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -42,6 +53,8 @@ pub struct Options {
     pub node: String,
     pub ebpf_log: EbpfLog,
     pub tc_method: TcMethod,
+    /// Take the place of a living agent.
+    pub takeover: bool,
     pub drain_limit: Duration,
     pub workers: Option<u16>,
 }
@@ -65,24 +78,34 @@ pub async fn run(options: Options, metrics: Arc<Metrics>) -> anyhow::Result<()> 
     };
     // The cgroup comes before every socket.
     let workers = options.workers.unwrap_or_else(default_workers);
-    let steering = Steering::start(&node, workers, options.ebpf_log, options.tc_method)?;
+    let steering = Steering::start(
+        &node,
+        workers,
+        options.ebpf_log,
+        options.tc_method,
+        options.takeover,
+    )?;
     let readiness = Readiness::default();
     let mut agent = Agent::start(
         &options, &discovery, &node, steering, workers, metrics, &readiness,
     )?;
-    let admin = telemetry::serve_admin(
-        admin_listeners(&node.addresses)?,
+    let (charge, in_charge) = oneshot::channel();
+    let mut admin: Admin = Box::pin(serve_admin(
+        node.addresses.clone(),
         Arc::clone(&agent.shared.metrics),
         readiness,
-    );
-    tokio::pin!(admin);
+        in_charge,
+    ));
     tokio::select! {
         error = &mut admin => match error? {},
-        result = agent.follow(mesh) => result?,
-        _ = terminate.recv() => {}
+        result = agent.follow(mesh, charge) => result?,
+        _ = terminate.recv() => agent.wait_for_successor().await,
         _ = interrupt.recv() => {}
     }
-    tracing::info!("draining: no new connections are taken, pods stay closed");
+    if !agent.steering.is_in_charge() {
+        // Metrics and probes are the successor's.
+        admin = Box::pin(std::future::pending());
+    }
     tokio::select! {
         error = &mut admin => match error? {},
         () = agent.drain(options.drain_limit) => {}
@@ -103,6 +126,20 @@ struct Agent {
     status: watch::Receiver<discovery::Status>,
     steered: ReadinessTask,
     report: Report,
+}
+
+type Admin = Pin<Box<dyn Future<Output = anyhow::Result<Infallible>>>>;
+
+/// Serves metrics and probes. While another agent is in charge they are its own.
+async fn serve_admin(
+    addresses: Vec<IpAddr>,
+    metrics: Arc<Metrics>,
+    readiness: Readiness,
+    in_charge: oneshot::Receiver<()>,
+) -> anyhow::Result<Infallible> {
+    let _ = in_charge.await;
+    let admin = telemetry::serve_admin(admin_listeners(&addresses)?, metrics, readiness);
+    Ok(admin.await?)
 }
 
 impl Agent {
@@ -155,17 +192,34 @@ impl Agent {
         })
     }
 
-    /// Enrols what discovery has for this node, and follows its changes.
-    async fn follow(&mut self, mut mesh: watch::Receiver<Arc<Mesh>>) -> anyhow::Result<()> {
+    /// Enrols what discovery has for this node, and follows its changes until another agent has
+    /// taken over. `charge` is told when metrics and probes are this agent's.
+    async fn follow(
+        &mut self,
+        mut mesh: watch::Receiver<Arc<Mesh>>,
+        charge: oneshot::Sender<()>,
+    ) -> anyhow::Result<()> {
         let mut current = Arc::clone(&mesh.borrow_and_update());
+        let mut charge = Some(charge);
+        if self.steering.is_in_charge() {
+            charge.take().map(|charge| charge.send(()));
+        } else {
+            // Its pods are served by the other agent until this one can do it as well.
+            self.ensure_certificates(&current);
+            self.wait_for_certificates(&current).await;
+        }
         let ids: Vec<&WorkloadId> = current.enrolled_on(&self.node).map(|w| &w.id).collect();
         self.steering.remove_leftovers(|id| ids.contains(&id)).await;
         self.apply(discovery::changes(&Mesh::default(), &current, &self.node))
             .await;
         self.wait_for_certificates(&current).await;
+        self.steering.take_charge()?;
+        charge.take().map(|charge| charge.send(()));
         self.steered.done();
+        tracing::info!("in charge of the node's pods");
         let mut status = self.status.clone();
         let mut report = tokio::time::interval(Duration::from_secs(1));
+        let mut superseded = tokio::time::interval(LOOK_FOR_SUCCESSOR);
         loop {
             let again = Instant::now() + ENROL_AGAIN;
             tokio::select! {
@@ -184,6 +238,12 @@ impl Agent {
                     self.enrol_failed(&current).await;
                 }
                 _ = report.tick() => self.report(),
+                _ = superseded.tick() => {
+                    if !self.steering.is_in_charge() {
+                        return Ok(());
+                    }
+                    self.reopen();
+                }
             }
         }
     }
@@ -278,6 +338,14 @@ impl Agent {
         tracing::info!(workload = %workload.id, "withdrawn");
     }
 
+    fn ensure_certificates(&self, mesh: &Mesh) {
+        for workload in mesh.enrolled_on(&self.node) {
+            if let Err(error) = self.shared.certificates.ensure(&workload.identity) {
+                tracing::error!(workload = %workload.id, %error, "no certificate for a workload");
+            }
+        }
+    }
+
     /// Ready means that pods can speak. An authority that fails does not hold up the rest.
     async fn wait_for_certificates(&self, mesh: &Mesh) {
         let ready = async {
@@ -290,20 +358,80 @@ impl Agent {
         let _ = tokio::time::timeout(CERTIFICATE_PATIENCE, ready).await;
     }
 
+    /// An agent that takes over puts its own listeners in the place of this one's. When it dies
+    /// before it is in charge, pods are closed until this one's are back.
+    fn reopen(&self) {
+        if self.steering.has_successor() {
+            return;
+        }
+        for enrolment in self.enrolled.values() {
+            let workload = enrolment.workload();
+            match enrolment.reopen() {
+                Ok(false) => {}
+                Ok(true) => tracing::warn!(%workload, "its listeners were missing, and are back"),
+                Err(error) => tracing::error!(%workload, %error, "can't put its listeners back"),
+            }
+        }
+    }
+
     fn report(&mut self) {
         self.report.certificates(&self.shared.certificates);
         self.report.degraded(self.enrolled.values());
         self.report.cgroup(&self.steering);
     }
 
+    /// Told to end while another agent is starting to take over, this one serves until then.
+    async fn wait_for_successor(&self) {
+        let end = Instant::now() + SUCCESSOR_PATIENCE;
+        while self.steering.is_in_charge() && self.steering.has_successor() && Instant::now() < end
+        {
+            tokio::time::sleep(LOOK_FOR_SUCCESSOR).await;
+        }
+    }
+
     /// Takes no new connection and waits for those that live.
-    async fn drain(&self, limit: Duration) {
+    async fn drain(&mut self, limit: Duration) {
         self.steered.undo();
-        self.workers.stop_accepting().await;
-        let end = Instant::now() + limit;
+        let grace = if self.steering.is_in_charge() {
+            tracing::info!("draining: no new connections are taken, pods stay closed");
+            self.steering.give_up_charge(self.enrolled.values());
+            Duration::ZERO
+        } else {
+            tracing::info!("draining: another agent has taken over");
+            ACCEPT_GRACE
+        };
+        // What a pod's netns is like is no longer this agent's to follow.
+        let enrolled = self.enrolled.drain();
+        let mut pods: HashMap<WorkloadId, Arc<Pod>> = enrolled
+            .map(|(id, enrolment)| (id, Arc::clone(enrolment.pod())))
+            .collect();
+        self.workers.leave(grace).await;
+        let now = Instant::now();
+        let (accepted, end) = (now + grace, now + limit);
+        let mut mesh = self.shared.mesh.clone();
+        let mut current = Arc::clone(&mesh.borrow_and_update());
         let mut ticks = tokio::time::interval(Duration::from_millis(20));
-        while self.workers.live_connections() > 0 && Instant::now() < end {
-            ticks.tick().await;
+        loop {
+            tokio::select! {
+                Ok(()) = mesh.changed() => {
+                    let next = Arc::clone(&mesh.borrow_and_update());
+                    let changes = discovery::changes(&current, &next, &self.node);
+                    let gone = changes.reenrolled.into_iter().map(|changed| changed.old);
+                    for workload in gone.chain(changes.removed) {
+                        if let Some(pod) = pods.remove(&workload.id) {
+                            self.workers.remove(&pod).await;
+                        }
+                    }
+                    current = next;
+                }
+                _ = ticks.tick() => {
+                    let now = Instant::now();
+                    let is_idle = now >= accepted && self.workers.live_connections() == 0;
+                    if is_idle || now >= end {
+                        return;
+                    }
+                }
+            }
         }
     }
 }
@@ -329,16 +457,27 @@ fn kernel_count(counter: Counter, value: u64) -> KernelCount {
     }
 }
 
+/// Two agents have them for a moment when one takes over.
 fn admin_listeners(addresses: &[IpAddr]) -> anyhow::Result<Vec<TcpListener>> {
     addresses
         .iter()
         .map(|address| {
             let address = SocketAddr::new(*address, ADMIN_PORT);
-            TcpListener::bind(address).with_context(|| {
+            admin_listener(address).with_context(|| {
                 format!("can't serve metrics on {address}: is it the node's, and free?")
             })
         })
         .collect()
+}
+
+fn admin_listener(address: SocketAddr) -> io::Result<TcpListener> {
+    const BACKLOG: i32 = 128;
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
 }
 
 /// One worker for each processor that this process may run on.

@@ -48,7 +48,11 @@ struct AgentArguments {
     /// one has links: what such kernels get can be tried on any.
     #[arg(long, hide = true)]
     tc_filters: bool,
-    /// How long live connections may go on after SIGTERM.
+    /// Take the place of the agent that is in charge of this node, without a cut: new connections
+    /// come here once all pods are enrolled, and the other one carries what it has to its end.
+    #[arg(long)]
+    takeover: bool,
+    /// How long live connections may go on after SIGTERM, or after another agent has taken over.
     #[arg(long, value_parser = humantime::parse_duration, default_value = "15m", value_name = "DURATION")]
     drain_limit: Duration,
     /// Worker threads; by default one for each processor that the agent may use.
@@ -91,6 +95,7 @@ fn run_agent(arguments: AgentArguments) -> anyhow::Result<()> {
         } else {
             TcMethod::of_kernel()
         },
+        takeover: arguments.takeover,
         drain_limit: arguments.drain_limit,
         workers: arguments.workers,
     };

@@ -52,6 +52,27 @@ impl Agent {
         }
     }
 
+    /// Waits until the agent is in charge of its node's pods. The error shows its log.
+    pub(crate) fn wait_in_charge(&self) -> Result<()> {
+        let what = format!("the agent of node {} to be in charge", self.node.name());
+        let waited = until(&what, START_LIMIT, || {
+            let in_charge = self.log().contains("in charge of the node's pods");
+            let ended = !self.process.is_running();
+            (in_charge || ended).then_some(!ended)
+        });
+        match waited {
+            Ok(true) => Ok(()),
+            Ok(false) => bail!("it ended at start:\n{}", self.log_tail()),
+            Err(error) => Err(error.context(self.log_tail())),
+        }
+    }
+
+    /// Waits until it has ended by itself.
+    pub fn wait_ended(&self, limit: Duration) -> Result<ExitStatus> {
+        let ended = self.process.wait(limit);
+        ended.with_context(|| self.log_tail())
+    }
+
     pub fn metrics(&self) -> Result<Metrics> {
         let response = self.node.get("/metrics")?;
         ensure!(

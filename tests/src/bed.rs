@@ -261,6 +261,15 @@ impl Testbed {
         ready.map(|()| before)
     }
 
+    /// Starts an agent that takes the place of a node's, and waits until it has. Returns the one
+    /// from before, which goes on with what it carries.
+    pub fn upgrade_agent(&mut self, node: &Arc<Node>) -> Result<Agent> {
+        let agent = Agent::start(node, self.agent_command(node)?.argument("--takeover"))?;
+        agent.wait_in_charge()?;
+        let before = self.agents.insert(node.name().to_owned(), agent);
+        before.context("the node had no agent")
+    }
+
     /// The agent of a node. Panics if none was started.
     pub fn agent(&self, node: &Node) -> &Agent {
         let agent = self.agents.get(node.name());

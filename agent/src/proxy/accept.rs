@@ -2,6 +2,7 @@
 
 use std::{io, net::TcpListener as StdListener, rc::Rc, time::Duration};
 
+use futures_util::FutureExt;
 use tokio::net::{TcpListener, TcpStream};
 
 use super::{
@@ -41,7 +42,7 @@ async fn listen(worker: Rc<Worker>, pod: Rc<PodContext>, role: Listener, listene
     loop {
         let accepted = tokio::select! {
             biased;
-            () = accepting.cancelled() => return,
+            () = accepting.cancelled() => return last(&worker, &pod, role, &listener),
             accepted = listener.accept() => accepted,
         };
         match accepted {
@@ -57,6 +58,13 @@ async fn listen(worker: Rc<Worker>, pod: Rc<PodContext>, role: Listener, listene
                 pause = (pause * 2).min(LONGEST_PAUSE);
             }
         }
+    }
+}
+
+/// Takes those who have come before the listener closes.
+fn last(worker: &Rc<Worker>, pod: &Rc<PodContext>, role: Listener, listener: &TcpListener) {
+    while let Some(Ok((stream, _))) = listener.accept().now_or_never() {
+        start(worker, pod, role, stream);
     }
 }
 

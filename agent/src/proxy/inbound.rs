@@ -193,6 +193,7 @@ impl InboundTunnel {
     /// Serves its connections until its end, which dropping what is `held` tells.
     async fn serve(self: Rc<Self>, mut connection: Connection, held: (DropGuard, Admitted)) {
         let _held = held;
+        let _live = self.worker.count_live();
         let _open = self.worker.metrics().tunnel_opened(Direction::Inbound);
         let entry = self
             .worker

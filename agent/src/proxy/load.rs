@@ -155,6 +155,15 @@ impl InboundTunnels {
         }
     }
 
+    /// Asks every tunnel to take no more streams.
+    pub(super) fn hand_over_all(&self) {
+        for tunnel in self.tunnels.borrow().values() {
+            if !tunnel.leaves.replace(true) {
+                tunnel.leave.notify_one();
+            }
+        }
+    }
+
     /// Asks the busiest tunnel whose pair has settled to take no more streams. Whether there is one.
     fn hand_over_busiest(&self, board: &Board, now: Instant) -> bool {
         let tunnels = self.tunnels.borrow();
@@ -268,7 +277,8 @@ pub(super) async fn watch(worker: Rc<Worker>, index: usize) {
         }
         gauges.tell(window.last(), worker.connections());
         let load = kernel_load(worker.connections(), window.last(), overload.is_overloaded);
-        if load != told && worker.tell_kernel(index, load) {
+        // Its successor's workers have these numbers now.
+        if load != told && !worker.is_leaving() && worker.tell_kernel(index, load) {
             told = load;
         }
     }

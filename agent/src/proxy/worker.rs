@@ -11,6 +11,7 @@ use std::{
         atomic::{AtomicU32, Ordering},
     },
     thread,
+    time::Duration,
 };
 
 use anyhow::Context;
@@ -19,7 +20,7 @@ use malla_common::{Flow, Reason, WorkerLoad};
 use tokio::{
     runtime::{self, LocalOptions, LocalRuntime},
     sync::{mpsc, watch},
-    task::AbortHandle,
+    task::{AbortHandle, spawn_local},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -70,7 +71,9 @@ enum Command {
     Remove {
         pod: u32,
     },
-    StopAccepting,
+    Leave {
+        grace: Duration,
+    },
 }
 
 impl Workers {
@@ -156,10 +159,11 @@ impl Workers {
         }
     }
 
-    /// Closes all listeners; what is connected goes on.
-    pub async fn stop_accepting(&self) {
+    /// Closes all listeners after `grace`, and asks peers to open no more streams; what is
+    /// connected goes on.
+    pub async fn leave(&self, grace: Duration) {
         for worker in &self.commands {
-            let _ = worker.send(Command::StopAccepting).await;
+            let _ = worker.send(Command::Leave { grace }).await;
         }
     }
 
@@ -196,6 +200,7 @@ pub(super) struct Worker {
     pods: RefCell<HashMap<u32, Rc<PodContext>>>,
     connections: Cell<u32>,
     live: Arc<AtomicU32>,
+    leaving: Cell<bool>,
 }
 
 /// A pod as one worker serves it.
@@ -323,6 +328,23 @@ impl Worker {
         self.refusals.sum_up();
     }
 
+    /// Whether it takes no new connections from now on.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.leaving.get()
+    }
+
+    fn leave(self: &Rc<Self>, grace: Duration) {
+        self.leaving.set(true);
+        self.inbound_tunnels.hand_over_all();
+        let worker = Rc::clone(self);
+        spawn_local(async move {
+            tokio::time::sleep(grace).await;
+            for pod in worker.pods.borrow().values() {
+                pod.accepting.cancel();
+            }
+        });
+    }
+
     fn obey(self: &Rc<Self>, command: Command) {
         match command {
             Command::Add {
@@ -359,11 +381,7 @@ impl Worker {
                 }
                 self.pool.remove_pod(pod);
             }
-            Command::StopAccepting => {
-                for pod in self.pods.borrow().values() {
-                    pod.accepting.cancel();
-                }
-            }
+            Command::Leave { grace } => self.leave(grace),
         }
     }
 }
@@ -402,6 +420,7 @@ fn run(
         pods: RefCell::default(),
         connections: Cell::new(0),
         live,
+        leaving: Cell::new(false),
         shared,
     });
     runtime.spawn_local(follow_mesh(Rc::clone(&worker)));

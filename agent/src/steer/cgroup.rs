@@ -48,6 +48,26 @@ impl OwnCgroup {
     }
 }
 
+/// A cgroup that no other agent has: in containers, all of them have the same process id.
+fn make_child(parent: &Path) -> Result<PathBuf, CgroupError> {
+    for number in 0_u32.. {
+        let name = format!("malla-agent-{}-{number}", std::process::id());
+        let child = parent.join(name);
+        match fs::create_dir(&child) {
+            Ok(()) => return Ok(child),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(source) => {
+                return Err(CgroupError::Io {
+                    what: "make the agent's cgroup",
+                    path: child,
+                    source,
+                });
+            }
+        }
+    }
+    unreachable!("there are fewer processes than numbers")
+}
+
 /// This process's place in the hierarchy of cgroups v2.
 fn place() -> io::Result<String> {
     let table = fs::read_to_string("/proc/self/cgroup")?;
@@ -76,13 +96,7 @@ pub fn enter_child_of(parent: &Path) -> Result<OwnCgroup, CgroupError> {
         });
     }
     remove_empty_children(parent);
-    let child = parent.join(format!("malla-agent-{}", std::process::id()));
-    match fs::create_dir(&child) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(io("make the agent's cgroup", &child)(error));
-        }
-        _ => {}
-    }
+    let child = make_child(parent)?;
     let procs = child.join("cgroup.procs");
     fs::write(&procs, "0").map_err(io("move the agent into", &procs))?;
     let inode = fs::metadata(&child).map_err(io("read", &child))?.ino();
@@ -122,7 +136,13 @@ pub fn living_agents(parent: &Path) -> Vec<u64> {
                 .to_string_lossy()
                 .starts_with("malla-agent-")
         })
+        .filter(|entry| has_processes(&entry.path()))
         .filter_map(|entry| entry.metadata().ok())
         .map(|metadata| metadata.ino())
         .collect()
+}
+
+fn has_processes(cgroup: &Path) -> bool {
+    let events = fs::read_to_string(cgroup.join("cgroup.events")).unwrap_or_default();
+    events.lines().any(|line| line == "populated 1")
 }

@@ -18,6 +18,7 @@ use tokio::{
 
 use super::{
     Pod,
+    cgroup::CgroupId,
     diag::Held,
     listeners::{relay_options, set_option},
     netns::Netns,
@@ -73,30 +74,46 @@ impl From<io::Error> for DialError {
 
 /// One worker's handle on the map of the connections that are being opened to apps.
 #[derive(Debug)]
-pub struct OwnDial(BpfHashMap<MapData, Flow, u32>);
+pub struct OwnDial {
+    map: BpfHashMap<MapData, Flow, u32>,
+    owner: u32,
+}
+
+/// How the map names the agent whose dial an entry is.
+pub(super) fn owner(agent: CgroupId) -> u32 {
+    // The low half: two agents of one node that live at once don't share it.
+    #[expect(clippy::cast_possible_truncation)]
+    let owner = agent.0 as u32;
+    owner
+}
 
 impl OwnDial {
-    pub(super) fn new(map: BpfHashMap<MapData, Flow, u32>) -> Self {
-        Self(map)
+    pub(super) fn new(map: BpfHashMap<MapData, Flow, u32>, agent: CgroupId) -> Self {
+        let owner = owner(agent);
+        Self { map, owner }
     }
 
-    /// Forgets the dials of an agent that was killed.
-    pub(super) fn clear(&mut self) {
-        let flows: Vec<Flow> = self.0.keys().flatten().collect();
-        for flow in &flows {
+    /// Forgets the dials of agents that were killed.
+    pub(super) fn forget_all_but(&mut self, lives: impl Fn(u32) -> bool) {
+        let entries = self.map.iter().flatten();
+        let dead: Vec<Flow> = entries
+            .filter(|(_, owner)| !lives(*owner))
+            .map(|(flow, _)| flow)
+            .collect();
+        for flow in &dead {
             self.withdraw(flow);
         }
     }
 
     /// Leaves this flow's SYN to the app's listener.
     fn announce(&mut self, flow: Flow) -> io::Result<()> {
-        self.0.insert(flow, 1, 0).map_err(map_error)
+        self.map.insert(flow, self.owner, 0).map_err(map_error)
     }
 
     /// From here on its tuple is known to the kernel as a connection, or as none.
     fn withdraw(&mut self, flow: &Flow) {
         // Gone already where the map was full, or a SYN of the same tuple came in from outside.
-        let _ = self.0.remove(flow);
+        let _ = self.map.remove(flow);
     }
 }
 

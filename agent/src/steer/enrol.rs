@@ -7,26 +7,25 @@ use std::{
     collections::HashSet,
     io,
     net::IpAddr,
-    os::fd::AsRawFd,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use arc_swap::ArcSwap;
-use malla_common::{ListenerKey, Role};
 
 use super::{
     Steering,
     attach::Hook,
     dial_ports::DialPorts,
-    enrolment::Enrolment,
+    enrolment::{Enrolment, Made},
     inherited::Inherited,
+    listener_map,
     listeners::{self, ListenerPorts, PodListeners},
     lock,
     netns::Netns,
     network::{LOOPBACK, Network, NetworkError},
     pod::Pod,
-    programs::{Programs, ProgramsError},
+    programs::ProgramsError,
     record::{self, Record},
     routes::Routes,
     routing,
@@ -93,6 +92,10 @@ impl Steering {
         let earlier = Record::read(&pins);
         let (listener_ports, listeners, dial_ports, accept_local) =
             self.open_sockets(&netns, workload)?;
+        let kept = listeners.iter().map(PodListeners::try_clone);
+        let kept = kept
+            .collect::<io::Result<_>>()
+            .map_err(EnrolError::Listen)?;
         let record = Record {
             pod: match &earlier {
                 Some(earlier) => earlier.pod,
@@ -116,10 +119,13 @@ impl Steering {
         let enrolment = Enrolment::new(
             workload.id.clone(),
             &pod,
-            network,
             Arc::clone(&self.programs),
-            pins,
-            record,
+            Made {
+                network,
+                pins,
+                record,
+                listeners: kept,
+            },
             self.inherited.remove(&id).unwrap_or_default(),
         );
         if let Err(error) = self
@@ -197,10 +203,12 @@ impl Steering {
         let pod = enrolment.pod();
         enrolment.make_folder()?;
         enrolment.network().route_steered().await?;
+        // Before the pod's entry says where the listeners are.
+        listener_map::tag(&mut lock(&self.programs), pod.id, listeners)?;
         enrolment.update(settings)?;
         {
             let mut programs = lock(&self.programs);
-            insert_listeners(&mut programs, pod.id, listeners)?;
+            listener_map::insert(&mut programs, pod.id, listeners)?;
             programs.attach_lookup(&pod.netns, enrolment.pins())?;
             let attach = || programs.attach(Hook::Loopback, "lo", LOOPBACK, enrolment.pins());
             pod.netns
@@ -229,41 +237,4 @@ fn netns_error(path: &Path) -> impl Fn(io::Error) -> EnrolError {
         path: path.to_owned(),
         source,
     }
-}
-
-fn insert_listeners(
-    programs: &mut Programs,
-    pod: u32,
-    listeners: &[PodListeners],
-) -> Result<(), ProgramsError> {
-    let maps = programs.maps();
-    for set in listeners {
-        maps.listener_pods
-            .insert(&set.outbound, pod, 0)
-            .map_err(|source| ProgramsError::Map {
-                name: "LISTENER_PODS",
-                source,
-            })?;
-    }
-    let map = &mut maps.listeners;
-    // Slot 0 says that all are there, so it comes last.
-    for (slot, set) in (0_u16..)
-        .zip(listeners)
-        .collect::<Vec<_>>()
-        .into_iter()
-        .rev()
-    {
-        for (role, listener) in [
-            (Role::Outbound, &set.outbound),
-            (Role::Inbound, &set.inbound),
-            (Role::Mesh, &set.mesh),
-        ] {
-            map.insert(ListenerKey::new(pod, role, slot), listener.as_raw_fd(), 0)
-                .map_err(|source| ProgramsError::Map {
-                    name: "LISTENERS",
-                    source,
-                })?;
-        }
-    }
-    Ok(())
 }

@@ -15,7 +15,9 @@ use super::{
     attach::Hook,
     enrol::EnrolError,
     inherited::Inherited,
-    listeners, lock,
+    listener_map,
+    listeners::{self, PodListeners},
+    lock,
     network::{Changes, Interface, Network},
     pod::Pod,
     programs::{self, Programs, ProgramsError},
@@ -66,7 +68,18 @@ struct Inner {
     programs: Arc<Mutex<Programs>>,
     pins: PathBuf,
     record: Record,
+    /// What the workers accept from, for the case that another agent's have taken their place in
+    /// the map and are gone.
+    listeners: Vec<PodListeners>,
     state: Mutex<State>,
+}
+
+/// What was made for a pod.
+pub(super) struct Made {
+    pub network: Network,
+    pub pins: PathBuf,
+    pub record: Record,
+    pub listeners: Vec<PodListeners>,
 }
 
 /// What is in force, to be compared with what should be.
@@ -104,10 +117,8 @@ impl Enrolment {
     pub(super) fn new(
         workload: WorkloadId,
         pod: &Arc<Pod>,
-        network: Network,
         programs: Arc<Mutex<Programs>>,
-        pins: PathBuf,
-        record: Record,
+        made: Made,
         inherited: Inherited,
     ) -> Self {
         let state = State {
@@ -118,10 +129,11 @@ impl Enrolment {
         let inner = Inner {
             workload,
             pod: Arc::clone(pod),
-            network,
+            network: made.network,
             programs,
-            pins,
-            record,
+            pins: made.pins,
+            record: made.record,
+            listeners: made.listeners,
             state: Mutex::new(state),
         };
         Self {
@@ -160,6 +172,20 @@ impl Enrolment {
     /// Puts changed settings in force for new connections.
     pub fn update(&self, settings: &Settings) -> Result<(), ProgramsError> {
         self.inner.update(settings)
+    }
+
+    /// Puts the listeners back into the map where they are missing: another agent had begun to take
+    /// over, and died. Whether they were.
+    pub fn reopen(&self) -> Result<bool, ProgramsError> {
+        let inner = &self.inner;
+        let workers = u16::try_from(inner.listeners.len()).unwrap_or(u16::MAX);
+        let pod = inner.pod.id;
+        if inner.has_entries() && listener_map::is_whole(&mut lock(&inner.programs), pod, workers) {
+            return Ok(false);
+        }
+        inner.write_entries()?;
+        listener_map::insert(&mut lock(&inner.programs), pod, &inner.listeners)?;
+        Ok(true)
     }
 
     /// Makes the kernel's state that of the pod's present interfaces and addresses.
@@ -253,6 +279,25 @@ impl Inner {
         state.rules = rules;
         state.interface_mode = settings.interfaces;
         Ok(())
+    }
+
+    /// Whether the pod's entries are as this agent wrote them.
+    fn has_entries(&self) -> bool {
+        let state = self.state();
+        let mut programs = lock(&self.programs);
+        let pods = &programs.maps().pods;
+        let entry = state.rules.entry(&self.pod);
+        let mut addresses = state.addresses.iter();
+        addresses.all(|address| pods.get(&Address::from(*address), 0).ok() == Some(entry))
+    }
+
+    /// Writes the pod's entries anew, which also say where its listeners are.
+    fn write_entries(&self) -> Result<(), ProgramsError> {
+        let state = self.state();
+        let mut programs = lock(&self.programs);
+        let entry = state.rules.entry(&self.pod);
+        let mut addresses = state.addresses.iter();
+        addresses.try_for_each(|address| insert_address(&mut programs, *address, entry))
     }
 
     async fn refresh(&self) -> Result<(), EnrolError> {

@@ -29,6 +29,17 @@ pub struct PodListeners {
     pub mesh: TcpListener,
 }
 
+impl PodListeners {
+    /// A second hold on the same sockets.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            outbound: self.outbound.try_clone()?,
+            inbound: self.inbound.try_clone()?,
+            mesh: self.mesh.try_clone()?,
+        })
+    }
+}
+
 /// Ports that a pod's listeners are bound to. Only [`ports::MESH`] is ever dialled; the kernel
 /// finds the listeners by the map, so any port that the app doesn't want will do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

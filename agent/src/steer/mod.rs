@@ -5,6 +5,7 @@
 
 mod attach;
 mod cgroup;
+mod charge;
 mod diag;
 mod dial;
 mod dial_ports;
@@ -13,6 +14,7 @@ mod enrol;
 mod enrolment;
 mod inherited;
 mod links;
+mod listener_map;
 mod listeners;
 mod netns;
 mod network;
@@ -42,7 +44,10 @@ pub use netns::Netns;
 pub use pod::Pod;
 pub use programs::ProgramsError;
 
-use self::{inherited::Inherited, netns::NetnsId, programs::Programs, record::Record};
+use self::{
+    cgroup::CgroupId, charge::Charge, inherited::Inherited, netns::NetnsId, programs::Programs,
+    record::Record,
+};
 use crate::model::{Node, WorkloadId};
 
 /// Why a node can't be steered.
@@ -56,6 +61,16 @@ pub enum SteeringError {
     Programs(#[from] ProgramsError),
     #[error("can't open the agent's own network namespace: {0}")]
     Home(std::io::Error),
+    #[error(
+        "another agent (cgroup {0}) is in charge of this node's pods: end it first, or let this \
+         one take its place with --takeover"
+    )]
+    Occupied(u64),
+    #[error("can't note in {path} who is in charge: {source}")]
+    Charge {
+        path: PathBuf,
+        source: std::io::Error,
+    },
 }
 
 /// The data path of one node.
@@ -63,6 +78,7 @@ pub struct Steering {
     programs: Arc<Mutex<Programs>>,
     home: Arc<Netns>,
     cgroup: cgroup::OwnCgroup,
+    charge: Charge,
     /// Folder of the pods' pinned links.
     links: PathBuf,
     workers: u16,
@@ -98,13 +114,28 @@ impl Steering {
         workers: u16,
         log: EbpfLog,
         method: TcMethod,
+        takeover: bool,
     ) -> Result<Self, SteeringError> {
         preflight::check(&node.bpffs)?;
+        let holder = Charge::holder(&node.bpffs, &node.cgroup);
+        if let Some(holder) = holder.filter(|_| !takeover) {
+            return Err(SteeringError::Occupied(holder));
+        }
         let cgroup = cgroup::enter_child_of(&node.cgroup)?;
         let home = Netns::current().map_err(SteeringError::Home)?;
         let mut programs = Programs::load(&node.bpffs, ebpf_log::level(log), method)?;
         let map = |name| move |source| ProgramsError::Map { name, source };
         let maps = programs.maps();
+        let charge = Charge::new(&node.bpffs, &node.cgroup, cgroup.id);
+        let noted = |source| SteeringError::Charge {
+            path: node.bpffs.clone(),
+            source,
+        };
+        if holder.is_some() {
+            charge.announce().map_err(noted)?;
+        } else {
+            charge.take().map_err(noted)?;
+        }
         let living = cgroup::living_agents(&node.cgroup);
         let known: Vec<u64> = maps.agents.keys().flatten().collect();
         for gone in known.iter().filter(|id| !living.contains(id)) {
@@ -116,7 +147,9 @@ impl Steering {
         maps.workers
             .set(0, u32::from(workers), 0)
             .map_err(map("WORKERS"))?;
-        programs.own_dial()?.clear();
+        programs
+            .own_dial(cgroup.id)?
+            .forget_all_but(|owner| living.iter().any(|id| dial::owner(CgroupId(*id)) == owner));
         let reader = ebpf_log::Reader::start(&mut programs, log);
         let links = node.bpffs.join("links");
         programs::make_folder(&links)?;
@@ -132,11 +165,39 @@ impl Steering {
             programs: Arc::new(Mutex::new(programs)),
             home: Arc::new(home),
             cgroup,
+            charge,
             links,
             workers,
             netns_owners: HashMap::new(),
             _log: reader,
         })
+    }
+
+    /// Takes charge of the node's pods, which are all enrolled now.
+    pub fn take_charge(&self) -> Result<(), SteeringError> {
+        self.charge.take().map_err(|source| SteeringError::Charge {
+            path: self.links.clone(),
+            source,
+        })
+    }
+
+    /// Whether no other agent has taken over.
+    pub fn is_in_charge(&self) -> bool {
+        self.charge.is_own()
+    }
+
+    /// Whether another agent is about to take over.
+    pub fn has_successor(&self) -> bool {
+        self.charge.has_successor()
+    }
+
+    /// Leaves the node's pods closed, with nobody in charge.
+    pub fn give_up_charge<'a>(&self, enrolled: impl Iterator<Item = &'a Enrolment>) {
+        self.charge.give_up();
+        let mut programs = lock(&self.programs);
+        for enrolment in enrolled {
+            listener_map::remove(&mut programs, enrolment.pod().id, self.workers);
+        }
     }
 
     /// The cgroup that this process is in, if that isn't its own any more.
@@ -147,7 +208,7 @@ impl Steering {
     pub fn worker_handles(&self) -> Result<WorkerHandles, ProgramsError> {
         let programs = lock(&self.programs);
         Ok(WorkerHandles {
-            own_dial: programs.own_dial()?,
+            own_dial: programs.own_dial(self.cgroup.id)?,
             scopes: programs.scopes()?,
             loads: programs.worker_loads()?,
         })

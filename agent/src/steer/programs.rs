@@ -17,7 +17,7 @@ use aya::{
 };
 use malla_common::{Address, Flow, ListenerKey, NetRule, PodEntry, PortRule, WorkerLoad};
 
-use super::{attach::TcMethod, dial::OwnDial, links};
+use super::{attach::TcMethod, cgroup::CgroupId, dial::OwnDial, links};
 
 /// The object that `cargo xtask build-ebpf` made.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/malla-ebpf"));
@@ -175,9 +175,10 @@ impl Programs {
     }
 
     /// A handle for one worker.
-    pub fn own_dial(&self) -> Result<OwnDial, ProgramsError> {
+    pub fn own_dial(&self, agent: CgroupId) -> Result<OwnDial, ProgramsError> {
         Ok(OwnDial::new(
             self.shared::<BpfHashMap<MapData, Flow, u32>>("OWN_DIAL")?,
+            agent,
         ))
     }
 

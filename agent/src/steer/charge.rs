@@ -1,0 +1,86 @@
+//! Which of a node's agents is in charge of its pods.
+//!
+//! Several may live at once: one that takes over, the one in charge, and any number of old ones
+//! that carry what they carried before. Each is known by its cgroup. Two links in the node's bpffs
+//! folder name the one in charge and the next; they go with the machine's boot, as all pins do.
+
+use std::{
+    fs, io,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+};
+
+use super::cgroup::{self, CgroupId};
+
+const HOLDER: &str = "in_charge";
+const NEXT: &str = "next";
+
+/// This agent's view of who is in charge.
+#[derive(Debug)]
+pub struct Charge {
+    holder: PathBuf,
+    next: PathBuf,
+    cgroups: PathBuf,
+    own: CgroupId,
+}
+
+impl Charge {
+    /// `bpffs` and `cgroups` are the node's folders, `own` is this agent's cgroup.
+    pub fn new(bpffs: &Path, cgroups: &Path, own: CgroupId) -> Self {
+        Self {
+            holder: bpffs.join(HOLDER),
+            next: bpffs.join(NEXT),
+            cgroups: cgroups.to_owned(),
+            own,
+        }
+    }
+
+    /// The agent in charge, if one lives.
+    pub fn holder(bpffs: &Path, cgroups: &Path) -> Option<u64> {
+        living(&bpffs.join(HOLDER), cgroups)
+    }
+
+    /// Says that this agent is about to take charge.
+    pub fn announce(&self) -> io::Result<()> {
+        self.write(&self.next)
+    }
+
+    pub fn take(&self) -> io::Result<()> {
+        self.write(&self.holder)?;
+        if named(&self.next) == Some(self.own.0) {
+            fs::remove_file(&self.next)?;
+        }
+        Ok(())
+    }
+
+    pub fn is_own(&self) -> bool {
+        named(&self.holder) == Some(self.own.0)
+    }
+
+    /// Leaves nobody in charge, unless another has taken over.
+    pub fn give_up(&self) {
+        if self.is_own() {
+            let _ = fs::remove_file(&self.holder);
+        }
+    }
+
+    /// Whether another agent lives that is about to take charge.
+    pub fn has_successor(&self) -> bool {
+        living(&self.next, &self.cgroups).is_some_and(|next| next != self.own.0)
+    }
+
+    fn write(&self, note: &Path) -> io::Result<()> {
+        let new = self.holder.with_file_name(format!("note_{}", self.own.0));
+        let _ = fs::remove_file(&new);
+        symlink(self.own.0.to_string(), &new)?;
+        fs::rename(&new, note)
+    }
+}
+
+fn named(note: &Path) -> Option<u64> {
+    fs::read_link(note).ok()?.to_str()?.parse().ok()
+}
+
+fn living(note: &Path, cgroups: &Path) -> Option<u64> {
+    named(note).filter(|agent| cgroup::living_agents(cgroups).contains(agent))
+}

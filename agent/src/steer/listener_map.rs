@@ -1,0 +1,80 @@
+//! The agent's listeners in the map by which the kernel finds them.
+
+use std::os::fd::AsRawFd;
+
+use aya::maps::MapError;
+use malla_common::{ListenerKey, Role};
+
+use super::{
+    listeners::PodListeners,
+    programs::{Programs, ProgramsError},
+};
+
+const ROLES: [Role; 3] = [Role::Outbound, Role::Inbound, Role::Mesh];
+
+/// Tells the programs whose netns it is that these listeners are in.
+pub fn tag(
+    programs: &mut Programs,
+    pod: u32,
+    listeners: &[PodListeners],
+) -> Result<(), ProgramsError> {
+    let map = &mut programs.maps().listener_pods;
+    listeners
+        .iter()
+        .try_for_each(|set| map.insert(&set.outbound, pod, 0))
+        .map_err(|source| ProgramsError::Map {
+            name: "LISTENER_PODS",
+            source,
+        })
+}
+
+/// Opens a pod: from now on its connections come to these listeners, one set for each worker.
+pub fn insert(
+    programs: &mut Programs,
+    pod: u32,
+    listeners: &[PodListeners],
+) -> Result<(), ProgramsError> {
+    let map = &mut programs.maps().listeners;
+    // Slot 0 says that all are there, so it comes last.
+    for (slot, set) in (0_u16..)
+        .zip(listeners)
+        .collect::<Vec<_>>()
+        .into_iter()
+        .rev()
+    {
+        for role in ROLES {
+            let listener = match role {
+                Role::Outbound => &set.outbound,
+                Role::Inbound => &set.inbound,
+                Role::Mesh => &set.mesh,
+            };
+            map.insert(ListenerKey::new(pod, role, slot), listener.as_raw_fd(), 0)
+                .map_err(|source| ProgramsError::Map {
+                    name: "LISTENERS",
+                    source,
+                })?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether every worker has its listeners there, be they this agent's or another's.
+pub fn is_whole(programs: &mut Programs, pod: u32, workers: u16) -> bool {
+    let map = &programs.maps().listeners;
+    let mut keys =
+        (0..workers).flat_map(|slot| ROLES.map(|role| ListenerKey::new(pod, role, slot)));
+    // The kernel doesn't tell which socket it is, only that there is one.
+    keys.all(|key| !matches!(map.get(&key, 0), Err(MapError::KeyNotFound)))
+}
+
+/// Closes a pod: from now on its SYNs meet no listener.
+pub fn remove(programs: &mut Programs, pod: u32, workers: u16) {
+    let map = &mut programs.maps().listeners;
+    // Slot 0 says that all are there, so it goes first.
+    for slot in 0..workers {
+        for role in ROLES {
+            // Gone already where its socket is.
+            let _ = map.remove(&ListenerKey::new(pod, role, slot));
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! One agent takes the place of another: nothing is refused, cut or lost.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
+
+use std::{
+    io::{Read, Write},
+    net::{IpAddr, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use malla_testbed::{Agent, Fate, PORT, Pod, Scene, eventually, payload::Payload};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+const LIMIT: Duration = Duration::from_secs(20);
+/// Threads that open connections one after the other.
+const CALLERS: usize = 4;
+
+/// What goes on while agents come and go.
+struct Traffic {
+    client: Arc<Pod>,
+    server: Arc<Pod>,
+    long_lived: Vec<TcpStream>,
+    opened: AtomicUsize,
+    done: AtomicBool,
+}
+
+impl Traffic {
+    fn new(scene: &Scene, long_lived: usize) -> Self {
+        let addresses: Vec<IpAddr> = scene.server.addresses().to_vec();
+        let open = |to: &IpAddr| {
+            let stream = scene.client.connect((*to, PORT)).unwrap();
+            stream.set_read_timeout(Some(LIMIT)).unwrap();
+            stream
+        };
+        Self {
+            client: Arc::clone(&scene.client),
+            server: Arc::clone(&scene.server),
+            long_lived: addresses
+                .iter()
+                .cycle()
+                .take(long_lived)
+                .map(open)
+                .collect(),
+            opened: AtomicUsize::new(0),
+            done: AtomicBool::new(false),
+        }
+    }
+
+    /// Runs `work` in the middle of the traffic. Panics where a connection isn't answered whole.
+    fn during<T>(&self, work: impl FnOnce() -> T) -> T {
+        thread::scope(|scope| {
+            let callers: Vec<_> = (0..CALLERS)
+                .map(|number| scope.spawn(move || self.call_again_and_again(number)))
+                .collect();
+            let talker = scope.spawn(|| self.talk());
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+            self.done.store(true, Ordering::Relaxed);
+            for caller in callers {
+                caller.join().unwrap();
+            }
+            talker.join().unwrap();
+            result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    fn call_again_and_again(&self, number: usize) {
+        let addresses = self.server.addresses();
+        let caller = self.client.caller();
+        for turn in number.. {
+            if self.done.load(Ordering::Relaxed) {
+                return;
+            }
+            let to = addresses[turn % addresses.len()];
+            let fate = caller.call((to, PORT));
+            assert_eq!(fate, Fate::Echoed, "connection {turn} of caller {number}");
+            self.opened.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Sends something on each long-lived connection in turn, and reads it again.
+    fn talk(&self) {
+        let mut payloads: Vec<Payload> = (0..self.long_lived.len())
+            .map(|number| Payload::new(number as u64))
+            .collect();
+        while !self.done.load(Ordering::Relaxed) {
+            for (mut stream, payload) in self.long_lived.iter().zip(&mut payloads) {
+                let sent = payload.next(1000);
+                stream.write_all(sent).unwrap();
+                let mut received = vec![0; sent.len()];
+                stream.read_exact(&mut received).unwrap();
+                assert!(received == sent, "other bytes came back");
+            }
+        }
+    }
+}
+
+/// Upgrades both nodes' agents in turn, `upgrades` times in all, with `long_lived` connections open
+/// all the while.
+fn upgrade(upgrades: usize, long_lived: usize) {
+    let mut scene = Scene::new("", "").unwrap();
+    let traffic = Traffic::new(&scene, long_lived);
+    let nodes = [Arc::clone(&scene.a), Arc::clone(&scene.b)];
+    let mut old: Vec<Agent> = Vec::new();
+    let began = Instant::now();
+    traffic.during(|| {
+        for node in nodes.iter().cycle().take(upgrades) {
+            old.push(scene.bed.upgrade_agent(node).unwrap());
+            let before = traffic.opened.load(Ordering::Relaxed);
+            let served = || traffic.opened.load(Ordering::Relaxed) > before + 100;
+            eventually("connections through the new agent", LIMIT, served).unwrap();
+        }
+    });
+    let opened = traffic.opened.load(Ordering::Relaxed);
+    println!("{opened} connections in {:?}", began.elapsed());
+    let living = old.iter().filter(|agent| agent.is_running()).count();
+    assert!(living > 0, "none carries the long-lived connections");
+    drop(traffic);
+    for agent in &old {
+        assert!(agent.wait_ended(LIMIT).unwrap().success());
+    }
+}
+
+#[test]
+fn upgrades_refuse_cut_and_lose_nothing() {
+    upgrade(6, 40);
+}
+
+#[test]
+#[ignore = "long: 20 upgrades with 200 long-lived connections"]
+fn twenty_upgrades_refuse_cut_and_lose_nothing() {
+    upgrade(20, 200);
+}
+
+#[test]
+fn metrics_and_probes_are_the_new_agents() {
+    let mut scene = Scene::new("", "").unwrap();
+    for _ in 0..3 {
+        assert_eq!(
+            scene.client.caller().call((scene.server.v4(), PORT)),
+            Fate::Echoed
+        );
+    }
+    let node = Arc::clone(&scene.a);
+    // While both have the port, what waits to be accepted by the old one is reset.
+    let opened = |scene: &Scene| {
+        let metrics = scene.metrics(&scene.a);
+        metrics.map(|metrics| metrics.sum("tcp_open_total", &[]))
+    };
+    assert!(opened(&scene).unwrap() >= 3.0);
+    let old = scene.bed.upgrade_agent(&node).unwrap();
+    eventually("the old agent to leave its port", LIMIT, || {
+        opened(&scene).is_ok_and(|opened| opened == 0.0)
+    })
+    .unwrap();
+    assert_eq!(node.get("/ready").unwrap().status, 200);
+    assert!(old.wait_ended(LIMIT).unwrap().success());
+}
+
+#[test]
+fn a_second_agent_that_is_not_told_to_take_over_is_refused() {
+    let scene = Scene::new("", "").unwrap();
+    let second = scene.bed.agent_command(&scene.a).unwrap().output().unwrap();
+    assert!(!second.status.success());
+    assert!(second.stderr.contains("--takeover"), "{}", second.stderr);
+    assert_eq!(
+        scene.client.caller().call((scene.server.v4(), PORT)),
+        Fate::Echoed
+    );
+}
+
+#[test]
+fn a_new_agent_that_dies_at_its_start_leaves_the_old_one_in_place() {
+    let mut scene = Scene::new("", "").unwrap();
+    let call = |scene: &Scene| scene.client.caller().call((scene.server.v4(), PORT));
+    for delay in (0..).map(|step| Duration::from_millis(step * 25)) {
+        let command = scene.bed.agent_command(&scene.a).unwrap();
+        let new = command.argument("--takeover").spawn().unwrap();
+        thread::sleep(delay);
+        let has_taken_over = new.log().contains("in charge");
+        new.kill9();
+        if has_taken_over {
+            break;
+        }
+        eventually("the old agent to serve", LIMIT, || {
+            call(&scene) == Fate::Echoed
+        })
+        .unwrap();
+    }
+    let node = Arc::clone(&scene.a);
+    scene.bed.upgrade_agent(&node).unwrap();
+    assert_eq!(call(&scene), Fate::Echoed);
+}
+
+#[test]
+fn an_agent_that_is_told_to_end_serves_until_its_successor_does() {
+    let mut scene = Scene::new("", "").unwrap();
+    let traffic = Traffic::new(&scene, 4);
+    let node = Arc::clone(&scene.a);
+    let old = Pid::from_raw(scene.bed.agent(&node).process().pid());
+    let old = traffic.during(|| {
+        let next = node.bpffs().join("next");
+        thread::scope(|scope| {
+            let upgraded = scope.spawn(|| scene.bed.upgrade_agent(&node).unwrap());
+            // The kubelet may tell the old one to end as soon as the new one has started.
+            while std::fs::read_link(&next).is_err() && !upgraded.is_finished() {
+                thread::yield_now();
+            }
+            kill(old, Signal::SIGTERM).unwrap();
+            upgraded.join().unwrap()
+        })
+    });
+    drop(traffic);
+    assert!(old.wait_ended(LIMIT).unwrap().success());
+}

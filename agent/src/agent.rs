@@ -19,7 +19,7 @@ use socket2::{Domain, Socket, Type};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{oneshot, watch},
-    time::{Instant, sleep_until},
+    time::Instant,
 };
 
 use crate::{
@@ -34,7 +34,7 @@ use crate::{
 
 /// Port of metrics and probes, on the node's addresses. Linkerd's.
 const ADMIN_PORT: u16 = 4191;
-/// How long after a failure a pod's enrolment is tried again.
+/// How often enrolments that failed are tried again.
 const ENROL_AGAIN: Duration = Duration::from_millis(500);
 /// How often an agent looks whether another has taken over.
 const LOOK_FOR_SUCCESSOR: Duration = Duration::from_millis(100);
@@ -220,8 +220,8 @@ impl Agent {
         let mut status = self.status.clone();
         let mut report = tokio::time::interval(Duration::from_secs(1));
         let mut superseded = tokio::time::interval(LOOK_FOR_SUCCESSOR);
+        let mut again = tokio::time::interval(ENROL_AGAIN);
         loop {
-            let again = Instant::now() + ENROL_AGAIN;
             tokio::select! {
                 changed = mesh.changed() => {
                     changed.context("discovery ended")?;
@@ -234,7 +234,7 @@ impl Agent {
                     let refused = status.borrow_and_update().refusal.is_some();
                     self.shared.metrics.discovery_reload(!refused);
                 }
-                () = sleep_until(again), if !self.failed.is_empty() => {
+                _ = again.tick(), if !self.failed.is_empty() => {
                     self.enrol_failed(&current).await;
                 }
                 _ = report.tick() => self.report(),

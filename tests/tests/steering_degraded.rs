@@ -163,7 +163,7 @@ fn an_agent_outside_its_cgroup_is_unready_until_it_is_back() {
     ready(503, "cgroup");
     assert!(scene.sum("malla_agent_cgroup_left", &[]) > 0.5);
     scene.log_says("a cgroup that isn't its own");
-    move_to(scene.node.cgroup().join(format!("malla-agent-{pid}")));
+    move_to(scene.node.cgroup().join(format!("malla-agent-{pid}-0")));
     ready(200, "ready");
     assert!(scene.sum("malla_agent_cgroup_left", &[]) < 0.5);
     assert_eq!(scene.call(&scene.client), Fate::Echoed);

@@ -3,7 +3,6 @@
 //! Control work runs here, on the main thread's runtime; connections never do.
 
 use std::{
-    collections::HashMap,
     convert::Infallible,
     io,
     net::{IpAddr, SocketAddr, TcpListener},
@@ -23,19 +22,20 @@ use tokio::{
 };
 
 use crate::{
-    discovery::{self, Changes, Discovery},
+    discovery::{self, Discovery},
     identity::{Certificates, EmbeddedAuthority},
-    model::{Mesh, Node, Workload, WorkloadId},
+    model::{Mesh, Node},
+    pods::Pods,
     proxy::{Shared, Workers},
     report::Report,
-    steer::{EbpfLog, Enrolment, Pod, Steering, TcMethod},
+    steer::{EbpfLog, Steering, TcMethod},
     telemetry::{self, KernelCount, Metrics, Readiness, ReadinessTask},
 };
 
 /// Port of metrics and probes, on the node's addresses. Linkerd's.
 const ADMIN_PORT: u16 = 4191;
-/// How often enrolments that failed are tried again.
-const ENROL_AGAIN: Duration = Duration::from_millis(500);
+/// How often the agent looks after what changes by itself in its pods.
+const LOOK_AFTER_PODS: Duration = Duration::from_millis(500);
 /// How often an agent looks whether another has taken over.
 const LOOK_FOR_SUCCESSOR: Duration = Duration::from_millis(100);
 /// How long an agent that is told to end waits for one that is starting to take over.
@@ -56,6 +56,8 @@ pub struct Options {
     /// Take the place of a living agent.
     pub takeover: bool,
     pub drain_limit: Duration,
+    /// How long a pod's connections may go on when it has left the mesh.
+    pub withdraw_limit: Duration,
     pub workers: Option<u16>,
 }
 
@@ -102,7 +104,7 @@ pub async fn run(options: Options, metrics: Arc<Metrics>) -> anyhow::Result<()> 
         _ = terminate.recv() => agent.wait_for_successor().await,
         _ = interrupt.recv() => {}
     }
-    if !agent.steering.is_in_charge() {
+    if !agent.pods.steering.is_in_charge() {
         // Metrics and probes are the successor's.
         admin = Box::pin(std::future::pending());
     }
@@ -117,12 +119,8 @@ pub async fn run(options: Options, metrics: Arc<Metrics>) -> anyhow::Result<()> 
 
 struct Agent {
     node: String,
-    steering: Steering,
+    pods: Pods,
     shared: Shared,
-    workers: Workers,
-    enrolled: HashMap<WorkloadId, Enrolment>,
-    /// Workloads whose enrolment failed, with what was said of it, to be tried again.
-    failed: HashMap<WorkloadId, String>,
     status: watch::Receiver<discovery::Status>,
     steered: ReadinessTask,
     report: Report,
@@ -181,11 +179,14 @@ impl Agent {
         tracing::info!(node = node.name, config = %options.config.display(), "the agent is up");
         Ok(Self {
             node: options.node.clone(),
-            steering,
+            pods: Pods::new(
+                options.node.clone(),
+                steering,
+                workers,
+                shared.clone(),
+                options.withdraw_limit,
+            ),
             shared,
-            workers,
-            enrolled: HashMap::new(),
-            failed: HashMap::new(),
             status: discovery.status(),
             steered,
             report,
@@ -201,32 +202,31 @@ impl Agent {
     ) -> anyhow::Result<()> {
         let mut current = Arc::clone(&mesh.borrow_and_update());
         let mut charge = Some(charge);
-        if self.steering.is_in_charge() {
+        if self.pods.steering.is_in_charge() {
             charge.take().map(|charge| charge.send(()));
         } else {
             // Its pods are served by the other agent until this one can do it as well.
-            self.ensure_certificates(&current);
+            self.pods.ensure_certificates(&current);
             self.wait_for_certificates(&current).await;
         }
-        let ids: Vec<&WorkloadId> = current.enrolled_on(&self.node).map(|w| &w.id).collect();
-        self.steering.remove_leftovers(|id| ids.contains(&id)).await;
-        self.apply(discovery::changes(&Mesh::default(), &current, &self.node))
-            .await;
+        self.pods.remove_leftovers(&current).await;
+        let all = discovery::changes(&Mesh::default(), &current, &self.node);
+        self.pods.apply(all).await;
         self.wait_for_certificates(&current).await;
-        self.steering.take_charge()?;
+        self.pods.steering.take_charge()?;
         charge.take().map(|charge| charge.send(()));
         self.steered.done();
         tracing::info!("in charge of the node's pods");
         let mut status = self.status.clone();
         let mut report = tokio::time::interval(Duration::from_secs(1));
         let mut superseded = tokio::time::interval(LOOK_FOR_SUCCESSOR);
-        let mut again = tokio::time::interval(ENROL_AGAIN);
+        let mut look = tokio::time::interval(LOOK_AFTER_PODS);
         loop {
             tokio::select! {
                 changed = mesh.changed() => {
                     changed.context("discovery ended")?;
                     let next = Arc::clone(&mesh.borrow_and_update());
-                    self.apply(discovery::changes(&current, &next, &self.node)).await;
+                    self.pods.apply(discovery::changes(&current, &next, &self.node)).await;
                     current = next;
                 }
                 changed = status.changed() => {
@@ -234,114 +234,14 @@ impl Agent {
                     let refused = status.borrow_and_update().refusal.is_some();
                     self.shared.metrics.discovery_reload(!refused);
                 }
-                _ = again.tick(), if !self.failed.is_empty() => {
-                    self.enrol_failed(&current).await;
-                }
+                _ = look.tick() => self.pods.look_after(&current).await,
                 _ = report.tick() => self.report(),
                 _ = superseded.tick() => {
-                    if !self.steering.is_in_charge() {
+                    if !self.pods.steering.is_in_charge() {
                         return Ok(());
                     }
-                    self.reopen();
+                    self.pods.reopen();
                 }
-            }
-        }
-    }
-
-    async fn apply(&mut self, changes: Changes) {
-        if changes.is_empty() {
-            return;
-        }
-        for workload in changes.removed {
-            self.withdraw(&workload).await;
-        }
-        for changed in changes.reenrolled {
-            self.withdraw(&changed.old).await;
-            self.enrol(&changed.new).await;
-        }
-        for changed in changes.updated {
-            self.update(&changed.new).await;
-        }
-        for workload in changes.added {
-            self.enrol(&workload).await;
-        }
-    }
-
-    async fn enrol(&mut self, workload: &Arc<Workload>) {
-        if let Err(error) = self.shared.certificates.ensure(&workload.identity) {
-            tracing::error!(workload = %workload.id, %error, "no certificate for a workload");
-        }
-        match self.steering.enrol(workload).await {
-            Ok((enrolment, listeners)) => {
-                self.failed.remove(&workload.id);
-                self.workers.add(enrolment.pod(), workload, listeners).await;
-                self.enrolled.insert(workload.id.clone(), enrolment);
-                self.shared.metrics.set_pods_enrolled(self.enrolled.len());
-                tracing::info!(workload = %workload.id, identity = %workload.identity, "enrolled");
-            }
-            Err(error) => {
-                let said = error.to_string();
-                // The same failure, again and again, is told once.
-                if self.failed.get(&workload.id) != Some(&said) {
-                    tracing::error!(workload = %workload.id, %error, "can't enrol a workload");
-                    self.shared.metrics.enrolment_error(error.reason());
-                    self.failed.insert(workload.id.clone(), said);
-                }
-            }
-        }
-    }
-
-    async fn enrol_failed(&mut self, mesh: &Mesh) {
-        let failed: Vec<WorkloadId> = self.failed.keys().cloned().collect();
-        for id in failed {
-            match mesh.workloads.get(&id) {
-                Some(workload) => self.enrol(&Arc::clone(workload)).await,
-                None => {
-                    self.failed.remove(&id);
-                }
-            }
-        }
-    }
-
-    async fn update(&mut self, workload: &Arc<Workload>) {
-        let Some(enrolment) = self.enrolled.get(&workload.id) else {
-            return;
-        };
-        if let Err(error) = enrolment.update(&workload.settings) {
-            tracing::error!(workload = %workload.id, %error, "can't put settings in force");
-        }
-        self.workers.update(workload).await;
-        tracing::info!(workload = %workload.id, "settings changed");
-    }
-
-    async fn withdraw(&mut self, workload: &Workload) {
-        self.failed.remove(&workload.id);
-        match self.enrolled.remove(&workload.id) {
-            Some(enrolment) => {
-                self.workers.remove(enrolment.pod()).await;
-                self.steering.withdraw(enrolment).await;
-            }
-            // Its enrolment failed, but an earlier agent may have enrolled it.
-            None => self.steering.remove(&workload.id).await,
-        }
-        let identity = &workload.identity;
-        let used = self
-            .shared
-            .mesh
-            .borrow()
-            .enrolled_on(&self.node)
-            .any(|w| w.identity == *identity);
-        if !used {
-            self.shared.certificates.release(identity);
-        }
-        self.shared.metrics.set_pods_enrolled(self.enrolled.len());
-        tracing::info!(workload = %workload.id, "withdrawn");
-    }
-
-    fn ensure_certificates(&self, mesh: &Mesh) {
-        for workload in mesh.enrolled_on(&self.node) {
-            if let Err(error) = self.shared.certificates.ensure(&workload.identity) {
-                tracing::error!(workload = %workload.id, %error, "no certificate for a workload");
             }
         }
     }
@@ -358,32 +258,18 @@ impl Agent {
         let _ = tokio::time::timeout(CERTIFICATE_PATIENCE, ready).await;
     }
 
-    /// An agent that takes over puts its own listeners in the place of this one's. When it dies
-    /// before it is in charge, pods are closed until this one's are back.
-    fn reopen(&self) {
-        if self.steering.has_successor() {
-            return;
-        }
-        for enrolment in self.enrolled.values() {
-            let workload = enrolment.workload();
-            match enrolment.reopen() {
-                Ok(false) => {}
-                Ok(true) => tracing::warn!(%workload, "its listeners were missing, and are back"),
-                Err(error) => tracing::error!(%workload, %error, "can't put its listeners back"),
-            }
-        }
-    }
-
     fn report(&mut self) {
         self.report.certificates(&self.shared.certificates);
-        self.report.degraded(self.enrolled.values());
-        self.report.cgroup(&self.steering);
+        self.report.degraded(self.pods.enrolments());
+        self.report.cgroup(&self.pods.steering);
     }
 
     /// Told to end while another agent is starting to take over, this one serves until then.
     async fn wait_for_successor(&self) {
         let end = Instant::now() + SUCCESSOR_PATIENCE;
-        while self.steering.is_in_charge() && self.steering.has_successor() && Instant::now() < end
+        while self.pods.steering.is_in_charge()
+            && self.pods.steering.has_successor()
+            && Instant::now() < end
         {
             tokio::time::sleep(LOOK_FOR_SUCCESSOR).await;
         }
@@ -392,20 +278,17 @@ impl Agent {
     /// Takes no new connection and waits for those that live.
     async fn drain(&mut self, limit: Duration) {
         self.steered.undo();
-        let grace = if self.steering.is_in_charge() {
+        let grace = if self.pods.steering.is_in_charge() {
             tracing::info!("draining: no new connections are taken, pods stay closed");
-            self.steering.give_up_charge(self.enrolled.values());
+            self.pods.close();
             Duration::ZERO
         } else {
             tracing::info!("draining: another agent has taken over");
             ACCEPT_GRACE
         };
         // What a pod's netns is like is no longer this agent's to follow.
-        let enrolled = self.enrolled.drain();
-        let mut pods: HashMap<WorkloadId, Arc<Pod>> = enrolled
-            .map(|(id, enrolment)| (id, Arc::clone(enrolment.pod())))
-            .collect();
-        self.workers.leave(grace).await;
+        let mut pods = self.pods.hand_over();
+        self.pods.workers.leave(grace).await;
         let now = Instant::now();
         let (accepted, end) = (now + grace, now + limit);
         let mut mesh = self.shared.mesh.clone();
@@ -419,14 +302,14 @@ impl Agent {
                     let gone = changes.reenrolled.into_iter().map(|changed| changed.old);
                     for workload in gone.chain(changes.removed) {
                         if let Some(pod) = pods.remove(&workload.id) {
-                            self.workers.remove(&pod).await;
+                            self.pods.workers.remove(&pod).await;
                         }
                     }
                     current = next;
                 }
                 _ = ticks.tick() => {
                     let now = Instant::now();
-                    let is_idle = now >= accepted && self.workers.live_connections() == 0;
+                    let is_idle = now >= accepted && self.pods.workers.live_connections() == 0;
                     if is_idle || now >= end {
                         return;
                     }

@@ -55,6 +55,9 @@ struct AgentArguments {
     /// How long live connections may go on after SIGTERM, or after another agent has taken over.
     #[arg(long, value_parser = humantime::parse_duration, default_value = "15m", value_name = "DURATION")]
     drain_limit: Duration,
+    /// How long a pod's connections may go on when it has left the mesh.
+    #[arg(long, value_parser = humantime::parse_duration, default_value = "60s", value_name = "DURATION")]
+    withdraw_limit: Duration,
     /// Worker threads; by default one for each processor that the agent may use.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(malla_common::MAX_WORKERS)))]
     workers: Option<u16>,
@@ -97,6 +100,7 @@ fn run_agent(arguments: AgentArguments) -> anyhow::Result<()> {
         },
         takeover: arguments.takeover,
         drain_limit: arguments.drain_limit,
+        withdraw_limit: arguments.withdraw_limit,
         workers: arguments.workers,
     };
     let runtime = tokio::runtime::Builder::new_current_thread()

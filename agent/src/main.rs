@@ -5,6 +5,7 @@ mod cli;
 mod discovery;
 mod identity;
 mod model;
+mod pods;
 mod proxy;
 mod report;
 mod steer;

@@ -23,6 +23,8 @@ pub mod pod_flags {
     pub const STRICT: u32 = 1 << 1;
     /// SYNs without a socket of the pod's netns are steered instead of refused.
     pub const NESTED_ALLOW: u32 = 1 << 2;
+    /// The pod is leaving the mesh: new connections pass, those that are steered stay so.
+    pub const WITHDRAWN: u32 = 1 << 3;
 }
 
 /// What a listener of the agent is for.

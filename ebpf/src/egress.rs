@@ -91,7 +91,7 @@ fn open(ctx: &TcContext, packet: &Packet, socket: Option<Socket>) -> i32 {
     let Some(pod) = pod_at(&flow.source) else {
         return refuse_stranger(ctx, packet, socket);
     };
-    let here = pod_here(ctx, &pod);
+    let here = pod_here(ctx, pod);
     // The map is the node's, and the address may be another pod's: bound to with IP_FREEBIND, or
     // sent by a container inside this pod. Where no agent listens, nobody can say.
     if here != NO_POD && here != pod.pod {
@@ -126,6 +126,8 @@ fn open(ctx: &TcContext, packet: &Packet, socket: Option<Socket>) -> i32 {
         &flow.destination,
     ) {
         (Verdict::Pass, skipped)
+    } else if pod.flags & pod_flags::WITHDRAWN != 0 {
+        (Verdict::Pass, Reason::Withdrawn)
     } else if !listens && fails_open {
         (Verdict::Pass, Reason::FailOpen)
     } else if !listens {

@@ -82,6 +82,9 @@ fn open(ctx: &TcContext, packet: &Packet) -> i32 {
     ) {
         return pass(ctx, packet, Outcome::Passed, skipped);
     }
+    if pod.flags & pod_flags::WITHDRAWN != 0 {
+        return pass(ctx, packet, Outcome::Passed, Reason::Withdrawn);
+    }
     let role = if flow.destination_port == ports::MESH {
         Role::Mesh
     } else {

@@ -82,6 +82,9 @@ pub fn lookup(ctx: SkLookupContext) -> u32 {
     {
         return PASS;
     }
+    if role != Role::Outbound && pod.flags & pod_flags::WITHDRAWN != 0 {
+        return PASS;
+    }
     let slot = worker(&flow, role);
     if assign(&ctx, pod.pod, role, slot) || (slot != 0 && assign(&ctx, pod.pod, role, 0)) {
         return PASS;

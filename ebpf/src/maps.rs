@@ -75,10 +75,11 @@ pub fn count(direction: Direction, unit: Unit, outcome: Outcome, reason: Reason)
 
 /// The pod that `address` belongs to.
 #[inline(always)]
-pub fn pod_at(address: &Address) -> Option<PodEntry> {
-    // SAFETY: an entry is small, copied at once, and a torn read of the two words is harmless:
-    // an address changes hands only after its pod was withdrawn.
-    unsafe { PODS.get(address) }.copied()
+pub fn pod_at(address: &Address) -> Option<&'static PodEntry> {
+    // SAFETY: an entry outlives the program's run, and a torn read of its words is harmless: an
+    // address changes hands only after its pod was withdrawn. It isn't copied: the compiler would
+    // pack an option of the copy in a way that the verifier forbids.
+    unsafe { PODS.get(address) }
 }
 
 /// Whether an agent listens in this role for `pod`. Every worker listens or none does.

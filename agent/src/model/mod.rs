@@ -147,6 +147,18 @@ impl Workload {
         self.meshed && self.netns.is_some()
     }
 
+    /// Whether what an enrolment is made of is the same. The order of addresses means nothing.
+    pub fn has_same_enrolment(&self, other: &Self) -> bool {
+        let addresses = |workload: &Self| {
+            let mut addresses = workload.addresses.clone();
+            addresses.sort_unstable();
+            addresses
+        };
+        self.netns == other.netns
+            && self.identity == other.identity
+            && addresses(self) == addresses(other)
+    }
+
     /// Whether `client` reaches `port` of this workload through its agent, under mutual TLS.
     pub fn serves_mesh_to(&self, client: IpAddr, port: u16) -> bool {
         self.meshed

@@ -224,6 +224,10 @@ impl InboundTunnel {
             match accepted {
                 Some(Ok((request, respond))) => {
                     self.pod.spawn(Rc::clone(&self).carry(request, respond));
+                    if self.pod.is_leaving() || self.worker.is_leaving() {
+                        // Its peer hadn't heard of that yet.
+                        http.graceful_shutdown();
+                    }
                 }
                 Some(Err(error)) => {
                     tracing::debug!(peer = %self.peer, %error, "a tunnel broke");

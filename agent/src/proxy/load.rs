@@ -155,10 +155,11 @@ impl InboundTunnels {
         }
     }
 
-    /// Asks every tunnel to take no more streams.
-    pub(super) fn hand_over_all(&self) {
+    /// Asks every tunnel, or every one to `pod`, to take no more streams.
+    pub(super) fn hand_over_all_of(&self, pod: Option<u32>) {
         for tunnel in self.tunnels.borrow().values() {
-            if !tunnel.leaves.replace(true) {
+            let is_meant = pod.is_none_or(|pod| pod == tunnel.pair.0);
+            if is_meant && !tunnel.leaves.replace(true) {
                 tunnel.leave.notify_one();
             }
         }

@@ -24,7 +24,7 @@ mod worker;
 
 use std::net::SocketAddr;
 
-pub use worker::{Shared, Workers};
+pub use worker::{PodConnections, Shared, Workers};
 
 /// The address in the form that discovery has: a socket for both families gives IPv4 ones mapped.
 fn canonical(address: SocketAddr) -> SocketAddr {

@@ -71,9 +71,22 @@ enum Command {
     Remove {
         pod: u32,
     },
+    HandOver {
+        pod: u32,
+    },
     Leave {
         grace: Duration,
     },
+}
+
+/// The connections and tunnels of a pod that live, on all workers.
+#[derive(Debug)]
+pub struct PodConnections(Arc<AtomicU32>);
+
+impl PodConnections {
+    pub fn count(&self) -> u32 {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 impl Workers {
@@ -125,7 +138,7 @@ impl Workers {
         pod: &Arc<Pod>,
         workload: &Arc<Workload>,
         listeners: Vec<PodListeners>,
-    ) {
+    ) -> PodConnections {
         let open = Arc::<AtomicU32>::default();
         for (worker, listeners) in self.commands.iter().zip(listeners) {
             let (pod, workload) = (Arc::clone(pod), Arc::clone(workload));
@@ -139,6 +152,7 @@ impl Workers {
                 })
                 .await;
         }
+        PodConnections(open)
     }
 
     /// Puts a workload's changed settings in force for its next connections.
@@ -156,6 +170,13 @@ impl Workers {
     pub async fn remove(&self, pod: &Pod) {
         for worker in &self.commands {
             let _ = worker.send(Command::Remove { pod: pod.id }).await;
+        }
+    }
+
+    /// Asks a pod's peers to open no more streams to it here.
+    pub async fn hand_over(&self, pod: &Pod) {
+        for worker in &self.commands {
+            let _ = worker.send(Command::HandOver { pod: pod.id }).await;
         }
     }
 
@@ -215,6 +236,8 @@ pub(super) struct PodContext {
     /// What all workers have accepted for it that lives.
     open: Arc<AtomicU32>,
     withdrawn: Cell<bool>,
+    /// It leaves the mesh, or has left.
+    leaving: Cell<bool>,
 }
 
 impl PodContext {
@@ -235,6 +258,11 @@ impl PodContext {
         let admitted = Admitted(Arc::clone(&self.open));
         // Counts itself, and goes again where that is one too many.
         (self.open.fetch_add(1, Ordering::Relaxed) < limit).then_some(admitted)
+    }
+
+    /// Whether its peers are to open no more streams here.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.leaving.get()
     }
 
     /// Why a connection of this pod that is cut ends.
@@ -335,7 +363,7 @@ impl Worker {
 
     fn leave(self: &Rc<Self>, grace: Duration) {
         self.leaving.set(true);
-        self.inbound_tunnels.hand_over_all();
+        self.inbound_tunnels.hand_over_all_of(None);
         let worker = Rc::clone(self);
         spawn_local(async move {
             tokio::time::sleep(grace).await;
@@ -361,6 +389,7 @@ impl Worker {
                     tasks: self.turns.add(),
                     open,
                     withdrawn: Cell::new(false),
+                    leaving: Cell::new(false),
                 });
                 accept::serve(self, &context, listeners);
                 if let Some(old) = self.pods.borrow_mut().insert(id, context) {
@@ -371,6 +400,7 @@ impl Worker {
                 for pod in self.pods.borrow().values() {
                     if pod.workload.borrow().id == workload.id {
                         *pod.workload.borrow_mut() = Arc::clone(&workload);
+                        pod.leaving.set(false);
                     }
                 }
             }
@@ -380,6 +410,12 @@ impl Worker {
                     self.turns.remove(&context.tasks);
                 }
                 self.pool.remove_pod(pod);
+            }
+            Command::HandOver { pod } => {
+                if let Some(context) = self.pods.borrow().get(&pod) {
+                    context.leaving.set(true);
+                }
+                self.inbound_tunnels.hand_over_all_of(Some(pod));
             }
             Command::Leave { grace } => self.leave(grace),
         }

@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use malla_common::{Address, PodEntry, ports};
+use malla_common::{Address, PodEntry, pod_flags, ports};
 use tokio::task::JoinHandle;
 
 use super::{
@@ -18,6 +18,7 @@ use super::{
     listener_map,
     listeners::{self, PodListeners},
     lock,
+    netns::NetnsId,
     network::{Changes, Interface, Network},
     pod::Pod,
     programs::{self, Programs, ProgramsError},
@@ -172,6 +173,18 @@ impl Enrolment {
     /// Puts changed settings in force for new connections.
     pub fn update(&self, settings: &Settings) -> Result<(), ProgramsError> {
         self.inner.update(settings)
+    }
+
+    /// Lets the pod's new connections pass. Those that are steered stay so until the withdrawal.
+    pub fn let_pass(&self) -> Result<(), ProgramsError> {
+        self.inner.state().rules.flags |= pod_flags::WITHDRAWN;
+        self.inner.write_entries()
+    }
+
+    /// Whether the pod's netns is still where the workload has it.
+    pub fn netns_is_there(&self) -> bool {
+        let there = NetnsId::at(&self.inner.record.path);
+        there.is_ok_and(|id| id == self.inner.record.netns)
     }
 
     /// Puts the listeners back into the map where they are missing: another agent had begun to take

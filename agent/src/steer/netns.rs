@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    fs::{File, OpenOptions},
+    fs::{self, File, Metadata, OpenOptions},
     io,
     num::ParseIntError,
     os::{
@@ -25,6 +25,20 @@ pub struct NetnsId {
 impl fmt::Display for NetnsId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.device, self.inode)
+    }
+}
+
+impl NetnsId {
+    /// That of the namespace that stands at `path` now.
+    pub fn at(path: &Path) -> io::Result<Self> {
+        Ok(Self::of(&fs::metadata(path)?))
+    }
+
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        }
     }
 }
 
@@ -71,11 +85,7 @@ impl Netns {
     }
 
     fn from_file(file: File) -> io::Result<Self> {
-        let metadata = file.metadata()?;
-        let id = NetnsId {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-        };
+        let id = NetnsId::of(&file.metadata()?);
         Ok(Self { file, id })
     }
 

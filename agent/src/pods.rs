@@ -1,0 +1,277 @@
+//! The node's pods, from enrolment to their end.
+//!
+//! A pod that leaves the mesh is withdrawn in two steps: its new connections pass at once, and what
+//! lives goes on until its end or a limit; only then is what was set up taken away. A pod whose
+//! netns is gone has nothing to wait for.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use tokio::time::Instant;
+
+use crate::{
+    discovery::Changes,
+    model::{Mesh, Workload, WorkloadId},
+    proxy::{PodConnections, Shared, Workers},
+    steer::{Enrolment, Pod, Steering},
+};
+
+/// What is served on this node.
+pub struct Pods {
+    node: String,
+    pub steering: Steering,
+    pub workers: Workers,
+    shared: Shared,
+    enrolled: HashMap<WorkloadId, Enrolled>,
+    /// Pods that are being withdrawn, and when at the latest that ends.
+    leaving: HashMap<WorkloadId, (Enrolled, Instant)>,
+    /// Workloads whose enrolment failed, with what was said of it, to be tried again.
+    failed: HashMap<WorkloadId, String>,
+    withdraw_limit: Duration,
+}
+
+struct Enrolled {
+    workload: Arc<Workload>,
+    enrolment: Enrolment,
+    connections: PodConnections,
+}
+
+impl Pods {
+    pub fn new(
+        node: String,
+        steering: Steering,
+        workers: Workers,
+        shared: Shared,
+        withdraw_limit: Duration,
+    ) -> Self {
+        Self {
+            node,
+            steering,
+            workers,
+            shared,
+            enrolled: HashMap::new(),
+            leaving: HashMap::new(),
+            failed: HashMap::new(),
+            withdraw_limit,
+        }
+    }
+
+    pub fn enrolments(&self) -> impl Iterator<Item = &Enrolment> {
+        self.enrolled.values().map(|pod| &pod.enrolment)
+    }
+
+    /// Takes away what earlier agents left of workloads that aren't this node's any more.
+    pub async fn remove_leftovers(&mut self, mesh: &Mesh) {
+        let ids: Vec<&WorkloadId> = mesh.enrolled_on(&self.node).map(|w| &w.id).collect();
+        self.steering.remove_leftovers(|id| ids.contains(&id)).await;
+    }
+
+    pub async fn apply(&mut self, changes: Changes) {
+        for workload in changes.removed {
+            self.withdraw(&workload).await;
+        }
+        for changed in changes.reenrolled {
+            self.cut(&changed.old).await;
+            self.enrol(&changed.new).await;
+        }
+        for changed in changes.updated {
+            self.update(&changed.new).await;
+        }
+        for workload in changes.added {
+            self.enrol(&workload).await;
+        }
+    }
+
+    /// Looks after what changes by itself: enrolments that failed are tried again, withdrawals end,
+    /// pods whose netns is gone go, and come back with it.
+    pub async fn look_after(&mut self, mesh: &Mesh) {
+        self.end_withdrawals().await;
+        let enrolled = self.enrolled.values();
+        let dead: Vec<_> = enrolled
+            .filter(|pod| !pod.enrolment.netns_is_there())
+            .map(|pod| Arc::clone(&pod.workload))
+            .collect();
+        for workload in dead {
+            tracing::warn!(workload = %workload.id, "its netns is gone");
+            self.cut(&workload).await;
+            self.failed.insert(workload.id.clone(), String::new());
+        }
+        let failed: Vec<WorkloadId> = self.failed.keys().cloned().collect();
+        for id in failed {
+            match mesh.workloads.get(&id) {
+                Some(workload) => self.enrol(&Arc::clone(workload)).await,
+                None => {
+                    self.failed.remove(&id);
+                }
+            }
+        }
+    }
+
+    async fn enrol(&mut self, workload: &Arc<Workload>) {
+        self.ensure_certificate(workload);
+        if self.resume(workload).await {
+            return;
+        }
+        match self.steering.enrol(workload).await {
+            Ok((enrolment, listeners)) => {
+                self.failed.remove(&workload.id);
+                let connections = self.workers.add(enrolment.pod(), workload, listeners).await;
+                let enrolled = Enrolled {
+                    workload: Arc::clone(workload),
+                    enrolment,
+                    connections,
+                };
+                self.enrolled.insert(workload.id.clone(), enrolled);
+                self.count();
+                tracing::info!(workload = %workload.id, identity = %workload.identity, "enrolled");
+            }
+            Err(error) => {
+                let said = error.to_string();
+                // The same failure, again and again, is told once.
+                if self.failed.get(&workload.id) != Some(&said) {
+                    tracing::error!(workload = %workload.id, %error, "can't enrol a workload");
+                    self.shared.metrics.enrolment_error(error.reason());
+                    self.failed.insert(workload.id.clone(), said);
+                }
+            }
+        }
+    }
+
+    /// Takes back a withdrawal that hasn't ended. Whether there was one: of another netns or
+    /// identity nothing may go on.
+    async fn resume(&mut self, workload: &Arc<Workload>) -> bool {
+        let Some((mut pod, _)) = self.leaving.remove(&workload.id) else {
+            return false;
+        };
+        if !pod.workload.has_same_enrolment(workload) || !pod.enrolment.netns_is_there() {
+            self.end(pod).await;
+            return false;
+        }
+        pod.workload = Arc::clone(workload);
+        self.enrolled.insert(workload.id.clone(), pod);
+        self.count();
+        tracing::info!(workload = %workload.id, "enrolled again, before its withdrawal has ended");
+        self.update(workload).await;
+        true
+    }
+
+    async fn update(&mut self, workload: &Arc<Workload>) {
+        let Some(pod) = self.enrolled.get_mut(&workload.id) else {
+            return;
+        };
+        pod.workload = Arc::clone(workload);
+        if let Err(error) = pod.enrolment.update(&workload.settings) {
+            tracing::error!(workload = %workload.id, %error, "can't put settings in force");
+        }
+        self.workers.update(workload).await;
+        tracing::info!(workload = %workload.id, "settings changed");
+    }
+
+    /// Lets a pod's new connections pass, and those that live go on for a while.
+    async fn withdraw(&mut self, workload: &Arc<Workload>) {
+        self.failed.remove(&workload.id);
+        let Some(pod) = self.enrolled.remove(&workload.id) else {
+            // Its enrolment failed, but an earlier agent may have enrolled it.
+            self.steering.remove(&workload.id).await;
+            self.release(workload);
+            return;
+        };
+        self.count();
+        if let Err(error) = pod.enrolment.let_pass() {
+            tracing::error!(workload = %workload.id, %error, "can't withdraw a pod without a cut");
+            return self.end(pod).await;
+        }
+        self.workers.hand_over(pod.enrolment.pod()).await;
+        let end = Instant::now() + self.withdraw_limit;
+        tracing::info!(workload = %workload.id, connections = pod.connections.count(), "leaves the mesh");
+        self.leaving.insert(workload.id.clone(), (pod, end));
+        self.end_withdrawals().await;
+    }
+
+    async fn end_withdrawals(&mut self) {
+        let now = Instant::now();
+        let over: Vec<_> = self
+            .leaving
+            .extract_if(|_, (pod, end)| {
+                now >= *end || pod.connections.count() == 0 || !pod.enrolment.netns_is_there()
+            })
+            .collect();
+        for (_, (pod, _)) in over {
+            self.end(pod).await;
+        }
+    }
+
+    /// Ends a pod's connections and takes away what was set up for it, at once.
+    async fn cut(&mut self, workload: &Arc<Workload>) {
+        self.failed.remove(&workload.id);
+        match self.enrolled.remove(&workload.id) {
+            Some(pod) => self.end(pod).await,
+            None => self.steering.remove(&workload.id).await,
+        }
+        self.count();
+    }
+
+    async fn end(&mut self, pod: Enrolled) {
+        self.workers.remove(pod.enrolment.pod()).await;
+        self.steering.withdraw(pod.enrolment).await;
+        self.release(&pod.workload);
+        tracing::info!(workload = %pod.workload.id, "withdrawn");
+    }
+
+    /// Forgets a certificate that no other workload uses.
+    fn release(&self, gone: &Workload) {
+        let identity = &gone.identity;
+        let mesh = self.shared.mesh.borrow();
+        if !mesh
+            .enrolled_on(&self.node)
+            .any(|w| w.identity == *identity)
+        {
+            self.shared.certificates.release(identity);
+        }
+    }
+
+    fn ensure_certificate(&self, workload: &Workload) {
+        if let Err(error) = self.shared.certificates.ensure(&workload.identity) {
+            tracing::error!(workload = %workload.id, %error, "no certificate for a workload");
+        }
+    }
+
+    pub fn ensure_certificates(&self, mesh: &Mesh) {
+        for workload in mesh.enrolled_on(&self.node) {
+            self.ensure_certificate(workload);
+        }
+    }
+
+    fn count(&self) {
+        self.shared.metrics.set_pods_enrolled(self.enrolled.len());
+    }
+
+    /// An agent that takes over puts its own listeners in the place of this one's. When it dies
+    /// before it is in charge, pods are closed until this one's are back.
+    pub fn reopen(&self) {
+        if self.steering.has_successor() {
+            return;
+        }
+        for enrolment in self.enrolments() {
+            let workload = enrolment.workload();
+            match enrolment.reopen() {
+                Ok(false) => {}
+                Ok(true) => tracing::warn!(%workload, "its listeners were missing, and are back"),
+                Err(error) => tracing::error!(%workload, %error, "can't put its listeners back"),
+            }
+        }
+    }
+
+    /// Leaves all pods closed, to an agent to come.
+    pub fn close(&self) {
+        self.steering.give_up_charge(self.enrolments());
+    }
+
+    /// Stops following the pods, which are another agent's now or nobody's. Gives what their live
+    /// connections hold.
+    pub fn hand_over(&mut self) -> HashMap<WorkloadId, Arc<Pod>> {
+        let leaving = self.leaving.drain().map(|(id, (pod, _))| (id, pod));
+        let all = self.enrolled.drain().chain(leaving);
+        all.map(|(id, pod)| (id, Arc::clone(pod.enrolment.pod())))
+            .collect()
+    }
+}

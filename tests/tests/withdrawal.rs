@@ -1,0 +1,152 @@
+//! Pods that leave the mesh, and pods whose netns goes: what lives is not cut without need, and
+//! nothing is left behind.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
+
+use std::{
+    io::{ErrorKind, Read},
+    net::TcpStream,
+    sync::Arc,
+    time::Duration,
+};
+
+use malla_testbed::{Capture, Fate, PORT, Pod, SECRET, Scene, eventually, say};
+
+const LIMIT: Duration = Duration::from_secs(10);
+/// Five times what it may take.
+const GONE: Duration = Duration::from_secs(5);
+
+/// Takes a pod out of the mesh, and leaves it running.
+fn withdraw(scene: &Scene, pod: &Pod) {
+    let text = scene.bed.mesh_yaml();
+    let entry = format!("- name: {}\n", pod.name());
+    let (head, tail) = text.split_once(&entry).unwrap();
+    let tail = tail.replacen("mesh: enabled", "mesh: disabled", 1);
+    scene
+        .bed
+        .write_mesh_text(&format!("{head}{entry}{tail}"))
+        .unwrap();
+}
+
+fn open(scene: &Scene) -> Vec<TcpStream> {
+    let open = |to: &std::net::IpAddr| {
+        let mut stream = scene.client.connect((*to, PORT)).unwrap();
+        assert_eq!(say(&mut stream, b"before"), Fate::Echoed);
+        stream
+    };
+    scene.server.addresses().iter().map(open).collect()
+}
+
+/// Waits until nothing that an agent set up is in a pod.
+fn wait_plain(pod: &Pod) {
+    eventually("nothing of the agent to be left in the pod", LIMIT, || {
+        let says = |command: &[&str]| pod.run(command).unwrap().stdout;
+        let rules = says(&["ip", "rule"]) + &says(&["ip", "-6", "rule"]);
+        let programs = says(&["bpftool", "net", "show"]);
+        !rules.contains("133") && !programs.contains("egress") && !programs.contains("lookup")
+    })
+    .unwrap();
+}
+
+#[test]
+fn what_lives_when_a_pod_leaves_goes_on_and_what_is_new_passes() {
+    for client_leaves in [true, false] {
+        let scene = Scene::new("", "").unwrap();
+        let mut live = open(&scene);
+        let (leaver, node) = if client_leaves {
+            (&scene.client, &scene.a)
+        } else {
+            (&scene.server, &scene.b)
+        };
+        withdraw(&scene, leaver);
+        let capture = Capture::start(leaver.netns(), "eth0").unwrap();
+        eventually("new connections to pass", LIMIT, || {
+            let caller = scene.client.caller().saying(SECRET);
+            caller.call((scene.server.v4(), PORT)) == Fate::Echoed && capture.contains(SECRET)
+        })
+        .unwrap();
+        let metrics = scene.metrics(node).unwrap();
+        let direction = if client_leaves { "outbound" } else { "inbound" };
+        assert!(metrics.syns(direction, "passed", "withdrawn") >= 1.0);
+        for stream in &mut live {
+            assert_eq!(say(stream, b"what goes on stays encrypted"), Fate::Echoed);
+        }
+        assert!(!capture.contains(b"stays encrypted"));
+        drop(live);
+        wait_plain(leaver);
+    }
+}
+
+#[test]
+fn what_outlives_the_limit_of_a_withdrawal_is_reset() {
+    let mut scene = Scene::new("", "").unwrap();
+    scene.bed = scene.bed.with_agent_arguments(["--withdraw-limit", "1s"]);
+    for node in [Arc::clone(&scene.a), Arc::clone(&scene.b)] {
+        scene.bed.upgrade_agent(&node).unwrap();
+    }
+    let live = open(&scene);
+    withdraw(&scene, &scene.client);
+    for mut stream in live {
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        let error = stream.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    }
+    wait_plain(&scene.client);
+    let log = scene.bed.agent(&scene.a).log();
+    assert!(log.contains("error=\"withdrawn\""), "{log}");
+}
+
+#[test]
+fn a_pod_that_comes_back_during_its_withdrawal_keeps_its_connections() {
+    let scene = Scene::new("", "").unwrap();
+    let mut live = open(&scene);
+    let agent = scene.bed.agent(&scene.a);
+    withdraw(&scene, &scene.client);
+    agent
+        .process()
+        .wait_for_log("leaves the mesh", LIMIT)
+        .unwrap();
+    scene.bed.write_mesh().unwrap();
+    agent
+        .process()
+        .wait_for_log("enrolled again", LIMIT)
+        .unwrap();
+    for stream in &mut live {
+        assert_eq!(say(stream, b"after"), Fate::Echoed);
+    }
+    let capture = Capture::start(scene.client.netns(), "eth0").unwrap();
+    let caller = scene.client.caller().saying(SECRET);
+    assert_eq!(caller.call((scene.server.v4(), PORT)), Fate::Echoed);
+    assert!(!capture.contains(SECRET));
+}
+
+#[test]
+fn of_a_pod_that_is_gone_nothing_is_held() {
+    let scene = Scene::new("", "").unwrap();
+    let live: Vec<_> = (0..10).flat_map(|_| open(&scene)).collect();
+    let Scene {
+        mut bed,
+        b,
+        server,
+        app,
+        client: _client,
+        ..
+    } = scene;
+    let links = ["ip", "-o", "link", "show", "type", "veth"];
+    let links = || b.run(links).unwrap().stdout.lines().count();
+    let before = links();
+    // What this test holds of the pod goes first; what an agent holds would keep the netns, and
+    // with it the host's end of the pod's link.
+    drop(app);
+    bed.remove_pod(&server).unwrap();
+    drop(server);
+    eventually("the host's end of the link to be gone", GONE, || {
+        links() < before
+    })
+    .unwrap();
+    for mut stream in live {
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        let read = stream.read(&mut [0]);
+        assert!(!read.is_err_and(|error| error.kind() == ErrorKind::WouldBlock));
+    }
+}

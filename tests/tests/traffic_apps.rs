@@ -113,10 +113,13 @@ fn wait_listening(pair: &Pair, process: &Process) {
 
 fn iperf3_runs_both_ways_with_several_streams(pair: &Pair) {
     let port = PORT.to_string();
-    let server = pair.server.spawn(["iperf3", "-s", "-p", &port]).unwrap();
-    wait_listening(pair, &server);
     let to = pair.address(PORT).ip().to_string();
     for direction in [&["-P", "4"][..], &["-R", "-P", "4"]] {
+        // A server takes one test at a time and refuses a client that comes before the end of the
+        // last one has reached it.
+        let server = ["iperf3", "-s", "-1", "-p", &port];
+        let server = pair.server.spawn(server).unwrap();
+        wait_listening(pair, &server);
         // The data connections take the port given and those after it, which no earlier run has
         // left in TIME_WAIT.
         let first = pair.way.client_port().clamp(33_000, 65_000).to_string();

@@ -1,7 +1,7 @@
 //! The bed: what a test starts from.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs,
     path::{Path, PathBuf},
     sync::Arc,
@@ -170,22 +170,40 @@ impl Testbed {
 
     /// Makes a pod. Agents that run learn of it.
     pub fn pod(&mut self, node: &Arc<Node>, spec: PodSpec) -> Result<Arc<Pod>> {
-        ensure!(
-            self.pods.iter().all(|pod| pod.name() != spec.name),
-            "pod name `{}` is taken",
-            spec.name
-        );
-        let pod = Arc::new(Pod::create(node, spec, self.next_pod)?);
-        self.next_pod += 1;
-        self.pods.push(Arc::clone(&pod));
+        Ok(self.pods(node, [spec])?.remove(0))
+    }
+
+    /// Makes many pods of one node, of which agents that run learn at once.
+    pub fn pods(
+        &mut self,
+        node: &Arc<Node>,
+        specs: impl IntoIterator<Item = PodSpec>,
+    ) -> Result<Vec<Arc<Pod>>> {
+        let specs: Vec<_> = specs.into_iter().zip(self.next_pod..).collect();
+        let mut names: HashSet<&str> = self.pods.iter().map(|pod| pod.name()).collect();
+        for (spec, _) in &specs {
+            let is_new = names.insert(&spec.name);
+            ensure!(is_new, "pod name `{}` is taken", spec.name);
+        }
+        self.next_pod += u16::try_from(specs.len())?;
+        let pods = Pod::create_all(node, specs)?.into_iter().map(Arc::new);
+        let pods: Vec<_> = pods.collect();
+        self.pods.extend(pods.iter().map(Arc::clone));
         self.update_mesh()?;
-        Ok(pod)
+        Ok(pods)
     }
 
     /// Ends a pod: its processes, its namespace's name, its place in the mesh file.
     pub fn remove_pod(&mut self, pod: &Pod) -> Result<()> {
-        self.pods.retain(|other| other.name() != pod.name());
-        pod.remove()?;
+        self.remove_pods([pod])
+    }
+
+    /// Ends many pods, of which agents that run learn at once.
+    pub fn remove_pods<'a>(&mut self, pods: impl IntoIterator<Item = &'a Pod>) -> Result<()> {
+        for pod in pods {
+            self.pods.retain(|other| other.name() != pod.name());
+            pod.remove()?;
+        }
         self.update_mesh()
     }
 

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use nix::{
     mount::{MntFlags, umount2},
     sched::{CloneFlags, setns},
@@ -33,18 +33,26 @@ pub struct Netns {
 }
 
 impl Netns {
+    /// Makes one with its loopback up.
     pub(crate) fn create(name: String) -> Result<Self> {
-        let done = Command::new("ip").args(["netns", "add", &name]).output();
-        let done = done.context("`ip` can't be run: install iproute2")?;
-        ensure!(
-            done.status.success(),
-            "ip netns add {name}: {}",
-            String::from_utf8_lossy(&done.stderr)
-        );
-        let path = Path::new(FOLDER).join(&name);
-        let netns = Self { name, path };
+        let netns = Self::create_all(&[&name])?.remove(0);
         netns.ip("link set lo up")?;
         Ok(netns)
+    }
+
+    /// Makes many, each with its loopback down.
+    pub(crate) fn create_all(names: &[impl AsRef<str>]) -> Result<Vec<Self>> {
+        let names = names.iter().map(AsRef::as_ref);
+        let lines: String = names
+            .clone()
+            .map(|name| format!("netns add {name}\n"))
+            .collect();
+        ip(&[], &lines)?;
+        let netns = |name: &str| Self {
+            name: name.to_owned(),
+            path: Path::new(FOLDER).join(name),
+        };
+        Ok(names.map(netns).collect())
     }
 
     pub fn name(&self) -> &str {
@@ -75,22 +83,7 @@ impl Netns {
 
     /// Runs lines of `ip -batch` in this namespace. The first that fails ends it with an error.
     pub fn ip(&self, lines: &str) -> Result<()> {
-        let mut ip = Command::new("ip")
-            .args(["-n", &self.name, "-batch", "-"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("`ip` can't be run: install iproute2")?;
-        if let Some(mut stdin) = ip.stdin.take() {
-            stdin.write_all(lines.as_bytes()).context("writing to ip")?;
-        }
-        let done = ip.wait_with_output()?;
-        if !done.status.success() {
-            let said = String::from_utf8_lossy(&done.stderr);
-            bail!("ip in {}: {said}in:\n{lines}", self.name);
-        }
-        Ok(())
+        ip(&["-n", &self.name], lines)
     }
 
     /// Sets sysctls of this namespace, named as paths under `/proc/sys/net`.
@@ -131,6 +124,27 @@ impl Drop for Netns {
     fn drop(&mut self) {
         self.remove();
     }
+}
+
+/// Runs lines of `ip -batch`.
+fn ip(arguments: &[&str], lines: &str) -> Result<()> {
+    let mut ip = Command::new("ip")
+        .args(arguments)
+        .args(["-batch", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("`ip` can't be run: install iproute2")?;
+    if let Some(mut stdin) = ip.stdin.take() {
+        stdin.write_all(lines.as_bytes()).context("writing to ip")?;
+    }
+    let done = ip.wait_with_output()?;
+    if !done.status.success() {
+        let said = String::from_utf8_lossy(&done.stderr);
+        bail!("ip {}: {said}in:\n{lines}", arguments.join(" "));
+    }
+    Ok(())
 }
 
 /// Unmounts and deletes a name under `/run/netns`. One that is gone already is no error.

@@ -5,6 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
+    thread,
     time::Duration,
 };
 
@@ -26,6 +27,9 @@ use crate::{
 /// How long [`Pod::connect`] and what it returns wait.
 const STREAM_LIMIT: Duration = Duration::from_secs(20);
 
+/// How many threads set up many pods.
+const THREADS: usize = 4;
+
 /// A pod of a bed.
 #[derive(Debug)]
 pub struct Pod {
@@ -41,30 +45,62 @@ pub struct Pod {
 works_inside!(Pod);
 
 impl Pod {
-    /// `host` is the pod's number, unique on its node and at least 2.
-    pub(crate) fn create(node: &Arc<Node>, spec: PodSpec, host: u16) -> Result<Self> {
-        let node_place = node.place();
-        let netns = Netns::create(format!("{}-pod-{}", node_place.bed, spec.name))?;
-        netns.sysctls(&[
-            ("ipv6/conf/all/accept_dad", "0"),
-            ("ipv6/conf/default/accept_dad", "0"),
-        ])?;
-        if spec.families == Families::V4Disabled6 {
-            netns.sysctls(&[
-                ("ipv6/conf/all/disable_ipv6", "1"),
-                ("ipv6/conf/default/disable_ipv6", "1"),
-            ])?;
+    /// Makes pods of one node. Each comes with its number, unique on the node and at least 2.
+    ///
+    /// `ip` is told of many at once: to start it takes longer than what it does.
+    pub(crate) fn create_all(node: &Arc<Node>, specs: Vec<(PodSpec, u16)>) -> Result<Vec<Self>> {
+        let bed = &node.place().bed;
+        let names = specs.iter().map(|(spec, _)| &spec.name);
+        let names: Vec<String> = names.map(|name| format!("{bed}-pod-{name}")).collect();
+        let netnses = Netns::create_all(&names)?;
+        let mut lines = String::new();
+        for ((spec, host), netns) in specs.iter().zip(&netnses) {
+            prepare(netns, spec)?;
+            for bridge in bridges(spec) {
+                lines += &connect_lines(netns, spec, bridge, *host);
+            }
         }
+        node.netns().ip(&lines).context("connecting pods")?;
+        let mut all: Vec<_> = specs.into_iter().zip(netnses).collect();
+        let share = all.len().div_ceil(THREADS).max(1);
+        let made: Result<Vec<Vec<Self>>> = thread::scope(|scope| {
+            let shares = std::iter::from_fn(|| {
+                let share: Vec<_> = all.drain(..share.min(all.len())).collect();
+                (!share.is_empty()).then_some(share)
+            });
+            let threads: Vec<_> = shares
+                .map(|share| {
+                    scope.spawn(|| {
+                        let pods = share.into_iter();
+                        pods.map(|((spec, host), netns)| Self::finish(node, spec, host, netns))
+                            .collect()
+                    })
+                })
+                .collect();
+            let made = threads.into_iter().map(|thread| {
+                let joined = thread.join();
+                joined.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            });
+            made.collect()
+        });
+        Ok(made?.into_iter().flatten().collect())
+    }
+
+    /// Gives a connected namespace its addresses, and the pod its cgroup.
+    fn finish(node: &Arc<Node>, spec: PodSpec, host: u16, netns: Netns) -> Result<Self> {
         let mut addresses = Vec::new();
-        for bridge in 0..=u8::from(spec.second_interface) {
-            addresses.extend(connect(node, &netns, &spec, bridge, host)?);
+        let mut lines = "link set lo up\n".to_owned();
+        for bridge in bridges(&spec) {
+            lines += &address_lines(node, &spec, bridge, host, &mut addresses);
         }
+        netns.ip(&lines)?;
+        netns.wait_addresses_settled()?;
         let cgroup = node.cgroup().join(format!("pod-{}", spec.name));
         cgroup::create(&cgroup)?;
         let place = Place {
             netns: netns.path().to_owned(),
             cgroup: cgroup.clone(),
-            ..node_place.clone()
+            ..node.place().clone()
         };
         Ok(Self {
             settings: Mutex::new(spec.settings.clone()),
@@ -190,21 +226,48 @@ impl Pod {
     }
 }
 
-/// Gives the pod an interface on one of its node's bridges, and returns its addresses.
-fn connect(node: &Node, pod: &Netns, spec: &PodSpec, bridge: u8, host: u16) -> Result<Vec<IpAddr>> {
+/// The bridges of the node that the pod has an interface on.
+fn bridges(spec: &PodSpec) -> impl Iterator<Item = u8> + use<> {
+    0..=u8::from(spec.second_interface)
+}
+
+/// What must be set before there is an interface.
+fn prepare(netns: &Netns, spec: &PodSpec) -> Result<()> {
+    let mut settings = vec![
+        ("ipv6/conf/all/accept_dad", "0"),
+        ("ipv6/conf/default/accept_dad", "0"),
+    ];
+    if spec.families == Families::V4Disabled6 {
+        settings.extend([
+            ("ipv6/conf/all/disable_ipv6", "1"),
+            ("ipv6/conf/default/disable_ipv6", "1"),
+        ]);
+    }
+    netns.sysctls(&settings)
+}
+
+/// What `ip` does on the node to give the pod an interface on one of its bridges.
+fn connect_lines(pod: &Netns, spec: &PodSpec, bridge: u8, host: u16) -> String {
+    let (mtu, port) = (spec.mtu, format!("pod{host}-{bridge}"));
+    format!(
+        "link add {port} mtu {mtu} type veth peer name eth{bridge} mtu {mtu} netns {pod}\n\
+         link set {port} master br{bridge} up\n",
+        pod = pod.name()
+    )
+}
+
+/// What `ip` does in the pod. Adds to the pod's addresses.
+fn address_lines(
+    node: &Node,
+    spec: &PodSpec,
+    bridge: u8,
+    host: u16,
+    addresses: &mut Vec<IpAddr>,
+) -> String {
     let network = Network {
         node: node.index,
         bridge,
     };
-    let (mtu, port) = (spec.mtu, format!("pod{host}-{bridge}"));
-    node.netns()
-        .ip(&format!(
-            "link add {port} mtu {mtu} type veth peer name eth{bridge} mtu {mtu} netns {pod}\n\
-             link set {port} master br{bridge} up\n",
-            pod = pod.name()
-        ))
-        .with_context(|| format!("connecting pod {}", spec.name))?;
-    let mut addresses = Vec::new();
     let mut lines = format!("link set eth{bridge} up\n");
     if spec.families.has_v4() {
         let (own, gateway) = (network.v4(host), network.v4(1));
@@ -222,7 +285,5 @@ fn connect(node: &Node, pod: &Netns, spec: &PodSpec, bridge: u8, host: u16) -> R
         }
         addresses.push(own.into());
     }
-    pod.ip(&lines)?;
-    pod.wait_addresses_settled()?;
-    Ok(addresses)
+    lines
 }

@@ -11,6 +11,10 @@ use crate::{
     telemetry::{self, LogFormat, Metrics},
 };
 
+/// Threads of the control side beside the main one. The kernel makes who changes a network wait for
+/// others that do: certificates are to be had meanwhile.
+const CONTROL_THREADS: usize = 2;
+
 /// A node-level service mesh: eBPF steers pods' TCP into one shared proxy per node.
 #[derive(Debug, Parser)]
 #[command(name = "malla", version, propagate_version = true)]
@@ -103,7 +107,9 @@ fn run_agent(arguments: AgentArguments) -> anyhow::Result<()> {
         withdraw_limit: arguments.withdraw_limit,
         workers: arguments.workers,
     };
-    let runtime = tokio::runtime::Builder::new_current_thread()
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(CONTROL_THREADS)
+        .thread_name("control")
         .enable_all()
         .build()?;
     runtime.block_on(agent::run(options, metrics))

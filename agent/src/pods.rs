@@ -4,21 +4,25 @@
 //! lives goes on until its end or a limit; only then is what was set up taken away. A pod whose
 //! netns is gone has nothing to wait for.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, pin::pin, sync::Arc, time::Duration};
 
+use futures_util::{StreamExt, stream};
 use tokio::time::Instant;
 
 use crate::{
     discovery::Changes,
     model::{Mesh, Workload, WorkloadId},
     proxy::{PodConnections, Shared, Workers},
-    steer::{Enrolment, Pod, Steering},
+    steer::{EnrolError, Enrolment, Pod, PodListeners, Steering},
 };
+
+/// How many pods are enrolled at a time. More would only wait for each other in the kernel.
+const AT_A_TIME: usize = 16;
 
 /// What is served on this node.
 pub struct Pods {
     node: String,
-    pub steering: Steering,
+    pub steering: Arc<Steering>,
     pub workers: Workers,
     shared: Shared,
     enrolled: HashMap<WorkloadId, Enrolled>,
@@ -45,7 +49,7 @@ impl Pods {
     ) -> Self {
         Self {
             node,
-            steering,
+            steering: Arc::new(steering),
             workers,
             shared,
             enrolled: HashMap::new(),
@@ -69,16 +73,15 @@ impl Pods {
         for workload in changes.removed {
             self.withdraw(&workload).await;
         }
+        let mut to_enrol = changes.added;
         for changed in changes.reenrolled {
             self.cut(&changed.old).await;
-            self.enrol(&changed.new).await;
+            to_enrol.push(changed.new);
         }
         for changed in changes.updated {
             self.update(&changed.new).await;
         }
-        for workload in changes.added {
-            self.enrol(&workload).await;
-        }
+        self.enrol(to_enrol).await;
     }
 
     /// Looks after what changes by itself: enrolments that failed are tried again, withdrawals end,
@@ -95,44 +98,66 @@ impl Pods {
             self.cut(&workload).await;
             self.failed.insert(workload.id.clone(), String::new());
         }
-        let failed: Vec<WorkloadId> = self.failed.keys().cloned().collect();
-        for id in failed {
-            match mesh.workloads.get(&id) {
-                Some(workload) => self.enrol(&Arc::clone(workload)).await,
-                None => {
-                    self.failed.remove(&id);
+        self.failed.retain(|id, _| mesh.workloads.contains_key(id));
+        let failed = self.failed.keys().filter_map(|id| mesh.workloads.get(id));
+        let failed = failed.map(Arc::clone).collect();
+        self.enrol(failed).await;
+    }
+
+    /// Enrols pods, several at a time: the kernel lets each wait for what is on its way.
+    async fn enrol(&mut self, workloads: Vec<Arc<Workload>>) {
+        let mut new = Vec::new();
+        for workload in workloads {
+            self.ensure_certificate(&workload);
+            if !self.resume(&workload).await {
+                new.push(workload);
+            }
+        }
+        let steering = Arc::clone(&self.steering);
+        let enrolments = stream::iter(new).map(|workload| async {
+            let began = Instant::now();
+            let result = steering.enrol(&workload).await;
+            (workload, began.elapsed(), result)
+        });
+        let mut enrolments = pin!(enrolments.buffer_unordered(AT_A_TIME));
+        while let Some((workload, took, result)) = enrolments.next().await {
+            match result {
+                Ok((enrolment, listeners)) => {
+                    self.serve(workload, enrolment, listeners, took).await;
                 }
+                Err(error) => self.failed(&workload, &error),
             }
         }
     }
 
-    async fn enrol(&mut self, workload: &Arc<Workload>) {
-        self.ensure_certificate(workload);
-        if self.resume(workload).await {
-            return;
-        }
-        match self.steering.enrol(workload).await {
-            Ok((enrolment, listeners)) => {
-                self.failed.remove(&workload.id);
-                let connections = self.workers.add(enrolment.pod(), workload, listeners).await;
-                let enrolled = Enrolled {
-                    workload: Arc::clone(workload),
-                    enrolment,
-                    connections,
-                };
-                self.enrolled.insert(workload.id.clone(), enrolled);
-                self.count();
-                tracing::info!(workload = %workload.id, identity = %workload.identity, "enrolled");
-            }
-            Err(error) => {
-                let said = error.to_string();
-                // The same failure, again and again, is told once.
-                if self.failed.get(&workload.id) != Some(&said) {
-                    tracing::error!(workload = %workload.id, %error, "can't enrol a workload");
-                    self.shared.metrics.enrolment_error(error.reason());
-                    self.failed.insert(workload.id.clone(), said);
-                }
-            }
+    async fn serve(
+        &mut self,
+        workload: Arc<Workload>,
+        enrolment: Enrolment,
+        listeners: Vec<PodListeners>,
+        took: Duration,
+    ) {
+        self.failed.remove(&workload.id);
+        let added = self.workers.add(enrolment.pod(), &workload, listeners);
+        let connections = added.await;
+        tracing::info!(workload = %workload.id, identity = %workload.identity, ?took, "enrolled");
+        let id = workload.id.clone();
+        let enrolled = Enrolled {
+            workload,
+            enrolment,
+            connections,
+        };
+        self.enrolled.insert(id, enrolled);
+        self.count();
+    }
+
+    fn failed(&mut self, workload: &Workload, error: &EnrolError) {
+        let said = error.to_string();
+        // The same failure, again and again, is told once.
+        if self.failed.get(&workload.id) != Some(&said) {
+            tracing::error!(workload = %workload.id, %error, "can't enrol a workload");
+            self.shared.metrics.enrolment_error(error.reason());
+            self.failed.insert(workload.id.clone(), said);
         }
     }
 
@@ -248,16 +273,23 @@ impl Pods {
     /// An agent that takes over puts its own listeners in the place of this one's. When it dies
     /// before it is in charge, pods are closed until this one's are back.
     pub fn reopen(&self) {
-        if self.steering.has_successor() {
+        if !self.steering.lost_successor() {
             return;
         }
+        let mut all_well = true;
         for enrolment in self.enrolments() {
             let workload = enrolment.workload();
             match enrolment.reopen() {
                 Ok(false) => {}
                 Ok(true) => tracing::warn!(%workload, "its listeners were missing, and are back"),
-                Err(error) => tracing::error!(%workload, %error, "can't put its listeners back"),
+                Err(error) => {
+                    tracing::error!(%workload, %error, "can't put its listeners back");
+                    all_well = false;
+                }
             }
+        }
+        if all_well {
+            self.steering.forget_successor();
         }
     }
 

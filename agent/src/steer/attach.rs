@@ -4,20 +4,27 @@
 //! clsact qdisc, which stay by themselves: in place of a pin stands a symbolic link that says so,
 //! for the agent that comes after to replace or to detach. `sk_lookup` has links everywhere.
 
-use std::{collections::HashMap, fs, io, os::unix::fs::symlink, path::Path};
+use std::{
+    collections::HashMap,
+    fs, io,
+    os::unix::fs::symlink,
+    path::Path,
+    sync::{Arc, Mutex},
+};
 
 use aya::{
     programs::{
-        Link, LinkOrder, ProgramError, TcAttachType,
-        links::FdLink,
+        Link, ProgramError, TcAttachType,
         tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle},
     },
     util::KernelVersion,
 };
 
 use super::{
+    links::{self, Target},
+    lock,
     netns::Netns,
-    programs::{LOOKUP, Programs, ProgramsError, classifier, sk_lookup},
+    programs::{LOOKUP, Loaded, Programs, ProgramsError, classifier},
 };
 
 /// Filters come first, in their own place of the first priority: a restarted agent finds its
@@ -80,12 +87,33 @@ impl Hook {
     }
 }
 
-impl Programs {
+/// Attaches programs to pods, from whatever thread and each pod by itself: of a link the kernel
+/// makes sure, before it answers, that no packet is on its way around it, which takes milliseconds.
+#[derive(Clone)]
+pub struct Attacher {
+    method: TcMethod,
+    loaded: Arc<Loaded>,
+    programs: Arc<Mutex<Programs>>,
+}
+
+impl Attacher {
+    pub fn new(programs: &Arc<Mutex<Programs>>) -> Self {
+        let (method, loaded) = {
+            let programs = lock(programs);
+            (programs.method(), programs.loaded())
+        };
+        Self {
+            method,
+            loaded,
+            programs: Arc::clone(programs),
+        }
+    }
+
     /// Attaches `hook` to an interface of the calling thread's netns, so that it outlives the
     /// agent. What an earlier agent has attached is replaced without a gap, and what this one has
     /// attached stays.
     pub fn attach(
-        &mut self,
+        &self,
         hook: Hook,
         interface: &str,
         index: u32,
@@ -98,29 +126,66 @@ impl Programs {
             interface: interface.to_owned(),
             source,
         };
-        match self.method() {
-            TcMethod::Links if self.is_attached(name, &pin_path, index.into()) => Ok(()),
+        match self.method {
             TcMethod::Links => {
-                let program = classifier(self.ebpf(), name)?;
-                let options = TcAttachOptions::TcxOrder(LinkOrder::default());
-                let id = program
-                    .attach_with_options(interface, hook.attach_type(), options)
-                    .map_err(error)?;
-                let link = program.take_link(id).map_err(error)?;
-                let link = FdLink::try_from(link).map_err(|source| pin_error(&pin_path, source))?;
-                if is_note(&pin_path) {
+                let target = match hook.attach_type() {
+                    TcAttachType::Egress => Target::Egress(index),
+                    _ => Target::Ingress(index),
+                };
+                let takes_place_of_filter = is_note(&pin_path);
+                self.attach_link(name, target, index.into(), &pin_path, error)?;
+                if takes_place_of_filter {
                     let _ = detach_filter(interface, hook);
                 }
-                pin(link, &pin_path)
+                Ok(())
             }
             TcMethod::Filters => {
-                self.attach_filter(hook, interface, index, pins)
-                    .map_err(error)?;
+                let mut programs = lock(&self.programs);
+                let attached = programs.attach_filter(hook, interface, index, pins);
+                attached.map_err(|source| error(io::Error::other(source)))?;
                 note(&pin_path)
             }
         }
     }
 
+    /// Attaches the choice of listeners to a netns and pins the link in `pins`.
+    pub fn attach_lookup(&self, netns: &Netns, pins: &Path) -> Result<(), ProgramsError> {
+        let error = |source| ProgramsError::Attach {
+            hook: LOOKUP,
+            interface: "the netns".to_owned(),
+            source,
+        };
+        let target = Target::Lookup(netns);
+        self.attach_link(LOOKUP, target, netns.id().inode, &pins.join(LOOKUP), error)
+    }
+
+    /// Makes a link, or gives the one that is pinned there this agent's program: that costs nothing
+    /// and has no gap. `target_id` is what the kernel tells of a link's target.
+    fn attach_link(
+        &self,
+        name: &'static str,
+        target: Target,
+        target_id: u64,
+        pin: &Path,
+        error: impl Fn(io::Error) -> ProgramsError,
+    ) -> Result<(), ProgramsError> {
+        let program = self.loaded.get(name)?;
+        let stands = links::read(pin).ok();
+        let stands = stands.filter(|link| u64::from(link.target) == target_id);
+        match stands {
+            Some(link) if link.program == program.id => return Ok(()),
+            // Where it can't be, a new link takes its place.
+            Some(_) if links::update(pin, &program.fd).is_ok() => return Ok(()),
+            _ => {}
+        }
+        let link = links::create(&program.fd, target).map_err(error)?;
+        // An old link lives until the new one is attached and its pin is gone: there is no gap.
+        remove_pin(pin)?;
+        links::pin(&link, pin).map_err(|source| pin_error(pin, source))
+    }
+}
+
+impl Programs {
     fn attach_filter(
         &mut self,
         hook: Hook,
@@ -153,23 +218,6 @@ impl Programs {
         // A filter stays by itself; dropping its link would detach it.
         std::mem::forget(program.take_link(id)?);
         Ok(())
-    }
-
-    /// Attaches the choice of listeners to a netns and pins the link in `pins`.
-    pub fn attach_lookup(&mut self, netns: &Netns, pins: &Path) -> Result<(), ProgramsError> {
-        let pin_path = pins.join(LOOKUP);
-        if self.is_attached(LOOKUP, &pin_path, netns.id().inode) {
-            return Ok(());
-        }
-        let error = |source| ProgramsError::Attach {
-            hook: LOOKUP,
-            interface: "the netns".to_owned(),
-            source,
-        };
-        let program = sk_lookup(self.ebpf())?;
-        let id = program.attach(netns).map_err(error)?;
-        let link = program.take_link(id).map_err(error)?;
-        pin(link.into(), &pin_path)
     }
 }
 
@@ -218,25 +266,13 @@ fn is_there(error: &TcError) -> bool {
     }
 }
 
-/// Pins `link`, in place of what is pinned there. The old link lives until the new one is
-/// attached and its pin is gone, so there is no gap.
-fn pin(link: FdLink, path: &Path) -> Result<(), ProgramsError> {
-    remove_pin(path)?;
-    link.pin(path)
-        .map(|_| ())
-        .map_err(|error| pin_error(path, error))
-}
-
 /// Notes that a filter is attached, in place of a link that is pinned there.
 fn note(path: &Path) -> Result<(), ProgramsError> {
     if is_note(path) {
         return Ok(());
     }
     remove_pin(path)?;
-    symlink("filter", path).map_err(|source| ProgramsError::Pin {
-        path: path.to_owned(),
-        source,
-    })
+    symlink("filter", path).map_err(|source| pin_error(path, source))
 }
 
 fn is_note(path: &Path) -> bool {
@@ -245,20 +281,14 @@ fn is_note(path: &Path) -> bool {
 
 fn remove_pin(path: &Path) -> Result<(), ProgramsError> {
     match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(ProgramsError::Pin {
-            path: path.to_owned(),
-            source: error,
-        }),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(pin_error(path, error)),
         _ => Ok(()),
     }
 }
 
-fn pin_error(
-    path: &Path,
-    error: impl Into<Box<dyn std::error::Error + Send + Sync>>,
-) -> ProgramsError {
+fn pin_error(path: &Path, source: io::Error) -> ProgramsError {
     ProgramsError::Pin {
         path: path.to_owned(),
-        source: io::Error::other(error),
+        source,
     }
 }

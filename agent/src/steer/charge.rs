@@ -69,6 +69,19 @@ impl Charge {
         living(&self.next, &self.cgroups).is_some_and(|next| next != self.own.0)
     }
 
+    /// Whether an agent was about to take charge and has died.
+    pub fn lost_successor(&self) -> bool {
+        named(&self.next).is_some_and(|next| next != self.own.0) && !self.has_successor()
+    }
+
+    /// Removes the note of a successor that has died.
+    pub fn forget_successor(&self) {
+        // Another may have announced itself by now.
+        if self.lost_successor() {
+            let _ = fs::remove_file(&self.next);
+        }
+    }
+
     fn write(&self, note: &Path) -> io::Result<()> {
         let new = self.holder.with_file_name(format!("note_{}", self.own.0));
         let _ = fs::remove_file(&new);

@@ -4,7 +4,7 @@
 //! stays as that one left it, closed, until it is enrolled or withdrawn.
 
 use std::{
-    collections::HashSet,
+    collections::hash_map::Entry,
     io,
     net::IpAddr,
     path::{Path, PathBuf},
@@ -14,23 +14,22 @@ use std::{
 use arc_swap::ArcSwap;
 
 use super::{
-    Steering,
-    attach::Hook,
+    Steering, diag,
     dial_ports::DialPorts,
     enrolment::{Enrolment, Made},
     inherited::Inherited,
     listener_map,
-    listeners::{self, ListenerPorts, PodListeners},
+    listeners::{self, ListenerPorts, PodListeners, PortSet},
     lock,
     netns::Netns,
-    network::{LOOPBACK, Network, NetworkError},
+    network::{Network, NetworkError},
     pod::Pod,
     programs::ProgramsError,
     record::{self, Record},
     routes::Routes,
     routing,
 };
-use crate::model::{Settings, Workload, WorkloadId};
+use crate::model::{PortRange, Settings, Workload, WorkloadId};
 
 /// Why a pod can't be enrolled.
 #[derive(Debug, thiserror::Error)]
@@ -78,12 +77,25 @@ impl EnrolError {
 
 impl Steering {
     /// Enrols a pod: its traffic goes to the listeners that are handed back, one set for each
-    /// worker.
+    /// worker. Several pods may be enrolled at once, but a workload only once at a time.
     pub async fn enrol(
-        &mut self,
+        &self,
         workload: &Workload,
     ) -> Result<(Enrolment, Vec<PodListeners>), EnrolError> {
         let netns = self.open(workload)?;
+        let id = netns.id();
+        let enrolled = self.enrol_in(workload, netns).await;
+        if enrolled.is_err() {
+            self.books().netns_owners.remove(&id);
+        }
+        enrolled
+    }
+
+    async fn enrol_in(
+        &self,
+        workload: &Workload,
+        netns: Netns,
+    ) -> Result<(Enrolment, Vec<PodListeners>), EnrolError> {
         let (network, changes) = Network::open(&netns, &self.home)?;
         check_addresses(&network, workload).await?;
         let pins = record::folder(&self.links, &workload.id, netns.id());
@@ -96,16 +108,13 @@ impl Steering {
         let kept = kept
             .collect::<io::Result<_>>()
             .map_err(EnrolError::Listen)?;
+        let (id, inherited) = self.take_number(earlier.as_ref())?;
         let record = Record {
-            pod: match &earlier {
-                Some(earlier) => earlier.pod,
-                None => self.free_number()?,
-            },
+            pod: id,
             accept_local: earlier.as_ref().map_or(accept_local, |r| r.accept_local),
             netns: netns.id(),
             path: workload.netns.clone().unwrap_or_default(),
         };
-        let id = record.pod;
         let pod = Arc::new(Pod {
             id,
             netns,
@@ -115,56 +124,64 @@ impl Steering {
             routes: Routes::default(),
             addresses: ArcSwap::default(),
         });
-        self.numbers.insert(id);
         let enrolment = Enrolment::new(
             workload.id.clone(),
             &pod,
             Arc::clone(&self.programs),
+            self.attacher.clone(),
             Made {
                 network,
                 pins,
                 record,
                 listeners: kept,
             },
-            self.inherited.remove(&id).unwrap_or_default(),
+            inherited,
         );
-        if let Err(error) = self
-            .set_up(&enrolment, &workload.settings, &listeners)
-            .await
-        {
+        let set_up = self.set_up(&enrolment, &workload.settings, &listeners);
+        if let Err(error) = set_up.await {
             if earlier.is_none() {
                 self.withdraw(enrolment).await;
             } else {
                 let left = Inherited::all(lock(&self.programs).maps()).remove(&id);
-                self.inherited.insert(id, left.unwrap_or_default());
+                let left = left.unwrap_or_default();
+                self.books().inherited.insert(id, left);
             }
             return Err(error);
         }
-        self.netns_owners
-            .insert(pod.netns.id(), workload.id.clone());
         Ok((enrolment.watched(changes), listeners))
     }
 
-    /// Opens the netns of a workload, which must be its own.
+    /// Opens the netns of a workload, which must be its own, and is from now on.
     fn open(&self, workload: &Workload) -> Result<Netns, EnrolError> {
         let path = workload.netns.as_deref().unwrap_or(Path::new(""));
         let netns = Netns::open(path).map_err(netns_error(path))?;
         if netns.id() == self.home.id() {
             return Err(EnrolError::HostNetns(path.to_owned()));
         }
-        match self.netns_owners.get(&netns.id()) {
-            Some(owner) if *owner != workload.id => Err(EnrolError::SharedNetns {
-                path: path.to_owned(),
-                owner: owner.clone(),
-            }),
-            _ => Ok(netns),
-        }
+        match self.books().netns_owners.entry(netns.id()) {
+            Entry::Occupied(owner) if *owner.get() != workload.id => {
+                return Err(EnrolError::SharedNetns {
+                    path: path.to_owned(),
+                    owner: owner.get().clone(),
+                });
+            }
+            owner => owner.insert_entry(workload.id.clone()),
+        };
+        Ok(netns)
     }
 
-    fn free_number(&self) -> Result<u32, EnrolError> {
-        (1..u32::MAX)
-            .find(|number| !self.numbers.contains(number))
-            .ok_or(EnrolError::TooMany)
+    /// The number of the pod, which is its earlier one if it had one, and what stands in the maps
+    /// under it.
+    fn take_number(&self, earlier: Option<&Record>) -> Result<(u32, Inherited), EnrolError> {
+        let mut books = self.books();
+        let number = match earlier {
+            Some(earlier) => earlier.pod,
+            None => (1..u32::MAX)
+                .find(|number| !books.numbers.contains(number))
+                .ok_or(EnrolError::TooMany)?,
+        };
+        books.numbers.insert(number);
+        Ok((number, books.inherited.remove(&number).unwrap_or_default()))
     }
 
     /// Makes the agent's sockets in the pod's netns, clear of the pod's own ports. Also says
@@ -174,24 +191,37 @@ impl Steering {
         netns: &Netns,
         workload: &Workload,
     ) -> Result<(ListenerPorts, Vec<PodListeners>, DialPorts, bool), EnrolError> {
-        let declared: HashSet<u16> = workload.ports.iter().map(|port| port.port).collect();
         let range = workload.settings.dial_ports;
         let path = workload.netns.as_deref().unwrap_or(Path::new(""));
         let open = || {
-            let mut taken: HashSet<u16> = listeners::local_ports()
-                .into_iter()
-                .map(|(port, _)| port)
-                .collect();
-            taken.extend(&declared);
-            let ephemeral = listeners::ephemeral_ports();
-            let free = listeners::choose_ports(&ephemeral, range, |port| taken.contains(&port))
-                .ok_or(EnrolError::NoPort)?;
-            let (ports, sets) = listeners::bind(self.workers, free).map_err(EnrolError::Listen)?;
-            let dial = DialPorts::new(range, |port| ports.contains(port) || taken.contains(&port))
+            let mut taken = PortSet::default();
+            taken.extend(diag::listening_ports().map_err(EnrolError::Listen)?);
+            taken.extend(workload.ports.iter().map(|port| port.port));
+            let (ports, sets) = self.bind(&taken, range)?;
+            let dial = DialPorts::new(range, |port| ports.contains(port) || taken.contains(port))
                 .map_err(netns_error(path))?;
             Ok((ports, sets, dial, routing::accepts_local()))
         };
         netns.enter(&self.home, open).map_err(netns_error(path))?
+    }
+
+    /// Listeners on free ports. One that isn't known to be in use may still be bound to: then
+    /// others are tried.
+    fn bind(
+        &self,
+        taken: &PortSet,
+        dial: PortRange,
+    ) -> Result<(ListenerPorts, Vec<PodListeners>), EnrolError> {
+        let mut taken = taken.clone();
+        let ephemeral = listeners::ephemeral_ports();
+        loop {
+            let free = listeners::choose_ports(&ephemeral, dial, |port| taken.contains(port))
+                .ok_or(EnrolError::NoPort)?;
+            match listeners::bind(self.workers, free) {
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => taken.extend(free),
+                other => return other.map_err(EnrolError::Listen),
+            }
+        }
     }
 
     async fn set_up(
@@ -206,15 +236,8 @@ impl Steering {
         // Before the pod's entry says where the listeners are.
         listener_map::tag(&mut lock(&self.programs), pod.id, listeners)?;
         enrolment.update(settings)?;
-        {
-            let mut programs = lock(&self.programs);
-            listener_map::insert(&mut programs, pod.id, listeners)?;
-            programs.attach_lookup(&pod.netns, enrolment.pins())?;
-            let attach = || programs.attach(Hook::Loopback, "lo", LOOPBACK, enrolment.pins());
-            pod.netns
-                .enter(&self.home, attach)
-                .map_err(netns_error(Path::new("lo")))??;
-        }
+        listener_map::insert(&mut lock(&self.programs), pod.id, listeners)?;
+        enrolment.attach().await?;
         enrolment.refresh().await
     }
 }
@@ -232,7 +255,7 @@ async fn check_addresses(network: &Network, workload: &Workload) -> Result<(), E
     }
 }
 
-fn netns_error(path: &Path) -> impl Fn(io::Error) -> EnrolError {
+pub(super) fn netns_error(path: &Path) -> impl Fn(io::Error) -> EnrolError {
     move |source| EnrolError::Netns {
         path: path.to_owned(),
         source,

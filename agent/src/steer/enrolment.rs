@@ -12,14 +12,16 @@ use malla_common::{Address, PodEntry, pod_flags, ports};
 use tokio::task::JoinHandle;
 
 use super::{
-    attach::Hook,
-    enrol::EnrolError,
+    attach::{Attacher, Hook},
+    diag,
+    enrol::{EnrolError, netns_error},
     inherited::Inherited,
     listener_map,
-    listeners::{self, PodListeners},
+    listeners::PodListeners,
     lock,
     netns::NetnsId,
-    network::{Changes, Interface, Network},
+    network::{Changes, Interface, LOOPBACK, Network},
+    on_blocking_thread,
     pod::Pod,
     programs::{self, Programs, ProgramsError},
     record::Record,
@@ -67,6 +69,9 @@ struct Inner {
     pod: Arc<Pod>,
     network: Network,
     programs: Arc<Mutex<Programs>>,
+    attacher: Attacher,
+    /// Held while programs are attached, whoever waits for it.
+    attaching: Arc<tokio::sync::Mutex<()>>,
     pins: PathBuf,
     record: Record,
     /// What the workers accept from, for the case that another agent's have taken their place in
@@ -119,6 +124,7 @@ impl Enrolment {
         workload: WorkloadId,
         pod: &Arc<Pod>,
         programs: Arc<Mutex<Programs>>,
+        attacher: Attacher,
         made: Made,
         inherited: Inherited,
     ) -> Self {
@@ -132,6 +138,8 @@ impl Enrolment {
             pod: Arc::clone(pod),
             network: made.network,
             programs,
+            attacher,
+            attaching: Arc::default(),
             pins: made.pins,
             record: made.record,
             listeners: made.listeners,
@@ -151,10 +159,6 @@ impl Enrolment {
         &self.inner.pod
     }
 
-    pub(super) fn pins(&self) -> &Path {
-        &self.inner.pins
-    }
-
     pub(super) fn network(&self) -> &Network {
         &self.inner.network
     }
@@ -168,6 +172,19 @@ impl Enrolment {
             path: pins.clone(),
             source,
         })
+    }
+
+    /// Attaches what chooses the listeners, and what brings steered packets to them.
+    pub(super) async fn attach(&self) -> Result<(), EnrolError> {
+        let inner = Arc::clone(&self.inner);
+        let attached = self.inner.while_attaching(move || {
+            let (attacher, pod, pins) = (&inner.attacher, &inner.pod, &inner.pins);
+            attacher.attach_lookup(&pod.netns, pins)?;
+            let attach = || attacher.attach(Hook::Loopback, "lo", LOOPBACK, pins);
+            let entered = pod.netns.enter(&pod.home, attach);
+            Ok(entered.map_err(netns_error(Path::new("lo")))??)
+        });
+        attached.await
     }
 
     /// Puts changed settings in force for new connections.
@@ -234,8 +251,9 @@ impl Enrolment {
         }
         let pod = &self.inner.pod;
         if pod.listener_ports.mesh != ports::MESH {
-            let sockets = pod.netns.enter(&pod.home, listeners::local_ports);
-            if sockets.unwrap_or_default().contains(&(ports::MESH, true)) {
+            let listening = pod.netns.enter(&pod.home, diag::listening_ports);
+            let listening = listening.and_then(|ports| ports).unwrap_or_default();
+            if listening.contains(&ports::MESH) {
                 let what = format!("its app listens on port {}", ports::MESH);
                 found.insert(Degradation::MeshPort, what);
             }
@@ -245,9 +263,10 @@ impl Enrolment {
 
     /// Restores plain networking: detaches, removes rules, routes and map entries.
     pub(super) async fn withdraw(self) {
-        // The watch must not undo what is undone here.
+        // The watch must not undo what is undone here, nor what it has begun come afterwards.
         self.watch.abort();
         let inner = &self.inner;
+        let _attaching = inner.attaching.lock().await;
         let pod = &inner.pod;
         withdraw::restore(
             &inner.pins,
@@ -313,15 +332,37 @@ impl Inner {
         addresses.try_for_each(|address| insert_address(&mut programs, *address, entry))
     }
 
-    async fn refresh(&self) -> Result<(), EnrolError> {
+    /// Runs `job`, and nothing else that attaches programs to this pod meanwhile.
+    async fn while_attaching<T: Send + 'static>(
+        &self,
+        job: impl FnOnce() -> T + Send + 'static,
+    ) -> T {
+        let turn = Arc::clone(&self.attaching).lock_owned().await;
+        // It goes on to its end even if nobody waits for that any more.
+        on_blocking_thread(move || {
+            let _turn = turn;
+            job()
+        })
+        .await
+    }
+
+    async fn refresh(self: &Arc<Self>) -> Result<(), EnrolError> {
         let addresses = self.network.addresses().await?.into_iter().collect();
         let interfaces = self.network.interfaces().await?;
-        let (refused, unrouted) = {
+        let new = {
             let mut state = self.state();
             let mut programs = lock(&self.programs);
             self.follow_addresses(&mut state, &mut programs, addresses)?;
-            self.follow_interfaces(&mut state, &mut programs, &interfaces)
+            state.forget_others(&interfaces);
+            let new = interfaces.iter();
+            let new = new.filter(|interface| !state.interfaces.contains_key(&interface.index));
+            new.cloned().collect::<Vec<_>>()
         };
+        if !new.is_empty() {
+            let inner = Arc::clone(self);
+            self.while_attaching(move || inner.attach_to(&new)).await;
+        }
+        let (refused, unrouted) = self.state().sort_out(&interfaces);
         for interface in refused {
             self.network.set_down(interface).await?;
         }
@@ -368,36 +409,58 @@ impl Inner {
         Ok(())
     }
 
-    /// Attaches to what is new. Returns what is to be set down, and what has no link-local route.
-    fn follow_interfaces<'a>(
-        &self,
-        state: &mut State,
-        programs: &mut Programs,
-        interfaces: &'a [Interface],
-    ) -> (Vec<&'a Interface>, Vec<&'a Interface>) {
-        let (mut refused, mut unrouted) = (Vec::new(), Vec::new());
-        let mode = state.interface_mode;
-        state.interfaces.retain(|index, steered| {
+    /// Attaches to interfaces, and notes what became of them.
+    fn attach_to(&self, interfaces: &[Interface]) {
+        for interface in interfaces {
+            let attached = self.attach(interface);
+            let failure = attached.err().map(|error| error.to_string());
+            if let Some(error) = &failure {
+                tracing::warn!(workload = %self.workload, interface = interface.name, error, "an interface can't be steered");
+            }
+            let steered = Steered {
+                name: interface.name.clone(),
+                ethernet: interface.ethernet,
+                failure,
+                routed: false,
+            };
+            self.state().interfaces.insert(interface.index, steered);
+        }
+    }
+
+    fn attach(&self, interface: &Interface) -> Result<(), AttachError> {
+        let ethernet = interface.ethernet.ok_or(AttachError::Kind)?;
+        let (name, index) = (&interface.name, interface.index);
+        let attach = |hook| self.attacher.attach(hook, name, index, &self.pins);
+        let entered = self.pod.netns.enter(&self.pod.home, || {
+            attach(Hook::Ingress { ethernet })?;
+            attach(Hook::Egress { ethernet })
+        });
+        Ok(entered.map_err(AttachError::Enter)??)
+    }
+}
+
+impl State {
+    /// Forgets interfaces that are gone, or of another kind now.
+    fn forget_others(&mut self, interfaces: &[Interface]) {
+        self.interfaces.retain(|index, steered| {
             let mut same = interfaces.iter().filter(|i| i.index == *index);
             same.any(|i| i.ethernet == steered.ethernet)
         });
+    }
+
+    /// What is to be set down, and what has no link-local route.
+    fn sort_out<'a>(
+        &mut self,
+        interfaces: &'a [Interface],
+    ) -> (Vec<&'a Interface>, Vec<&'a Interface>) {
+        let (mut refused, mut unrouted) = (Vec::new(), Vec::new());
         for interface in interfaces {
-            let steered = state.interfaces.entry(interface.index).or_insert_with(|| {
-                let attached = self.attach(programs, interface);
-                let failure = attached.err().map(|error| error.to_string());
-                if let Some(error) = &failure {
-                    tracing::warn!(workload = %self.workload, interface = interface.name, error, "an interface can't be steered");
-                }
-                Steered {
-                    name: interface.name.clone(),
-                    ethernet: interface.ethernet,
-                    failure,
-                    routed: false,
-                }
-            });
+            let Some(steered) = self.interfaces.get_mut(&interface.index) else {
+                continue;
+            };
             if steered.failure.is_some() {
                 // The first time, and whenever it is set up again.
-                if interface.up && mode == InterfaceMode::Refuse {
+                if interface.up && self.interface_mode == InterfaceMode::Refuse {
                     refused.push(interface);
                 }
                 continue;
@@ -408,17 +471,6 @@ impl Inner {
             }
         }
         (refused, unrouted)
-    }
-
-    fn attach(&self, programs: &mut Programs, interface: &Interface) -> Result<(), AttachError> {
-        let ethernet = interface.ethernet.ok_or(AttachError::Kind)?;
-        let (name, index) = (&interface.name, interface.index);
-        let attach = || {
-            programs.attach(Hook::Ingress { ethernet }, name, index, &self.pins)?;
-            programs.attach(Hook::Egress { ethernet }, name, index, &self.pins)
-        };
-        let entered = self.pod.netns.enter(&self.pod.home, attach);
-        Ok(entered.map_err(AttachError::Enter)??)
     }
 }
 

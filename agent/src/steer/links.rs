@@ -1,15 +1,21 @@
-//! What the kernel says of a pinned link: aya tells neither its interface nor its netns.
+//! Links of programs by the system call itself: made, pinned, read, and given another program.
+//!
+//! aya makes links only by its one handle on all programs, but to attach one takes the kernel
+//! milliseconds; it tells neither a link's interface nor its netns; and it can't give a link of a
+//! netns another program.
 
 use std::{
     ffi::CString,
     io,
     mem::{offset_of, size_of, size_of_val},
     os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
     path::Path,
 };
+
+use super::netns::Netns;
 
 /// A link as the kernel has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,15 +26,52 @@ pub struct LinkInfo {
     pub target: u32,
 }
 
+/// What a program hangs on.
+#[derive(Debug, Clone, Copy)]
+pub enum Target<'a> {
+    /// An interface of the calling thread's netns, by its index.
+    Ingress(u32),
+    Egress(u32),
+    /// A netns's choice of listeners.
+    Lookup(&'a Netns),
+}
+
 /// Of linux/bpf.h.
+const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_LINK_CREATE: libc::c_int = 28;
+const BPF_LINK_UPDATE: libc::c_int = 29;
+const BPF_SK_LOOKUP: u32 = 36;
+const BPF_TCX_INGRESS: u32 = 46;
+const BPF_TCX_EGRESS: u32 = 47;
+/// Behind all others: with no other named, at the end.
+const BPF_F_AFTER: u32 = 1 << 4;
 
+/// Of `BPF_OBJ_PIN` and `BPF_OBJ_GET`.
 #[repr(C)]
-struct ObjectGet {
+struct Object {
     path: u64,
     fd: u32,
     flags: u32,
+}
+
+#[repr(C)]
+struct LinkCreate {
+    program: u32,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+    /// Another link and the revision that is expected: none, any.
+    order: [u64; 2],
+}
+
+#[repr(C)]
+struct LinkUpdate {
+    link: u32,
+    program: u32,
+    flags: u32,
+    old_program: u32,
 }
 
 #[repr(C)]
@@ -52,21 +95,56 @@ struct Info {
 
 const _: () = assert!(offset_of!(Info, target) == 16 && size_of::<Info>() == 24);
 
-/// Reads the link that is pinned at `pin`.
-pub fn read(pin: &Path) -> io::Result<LinkInfo> {
+/// Attaches a program. It stays for as long as the link is open or pinned.
+pub fn create(program: impl AsFd, target: Target) -> io::Result<OwnedFd> {
+    let (target, attach_type, flags) = match target {
+        Target::Ingress(index) => (index, BPF_TCX_INGRESS, BPF_F_AFTER),
+        Target::Egress(index) => (index, BPF_TCX_EGRESS, BPF_F_AFTER),
+        Target::Lookup(netns) => (number(netns), BPF_SK_LOOKUP, 0),
+    };
+    let fd = bpf(
+        BPF_LINK_CREATE,
+        &mut LinkCreate {
+            program: number(program),
+            target,
+            attach_type,
+            flags,
+            order: [0; 2],
+        },
+    )?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Pins a link at `pin`, where nothing may be.
+pub fn pin(link: &OwnedFd, pin: &Path) -> io::Result<()> {
     let path = CString::new(pin.as_os_str().as_bytes())?;
-    let mut get = ObjectGet {
+    let mut object = Object {
         path: path.as_ptr() as u64,
-        fd: 0,
+        fd: number(link),
         flags: 0,
     };
-    let fd = bpf(BPF_OBJ_GET, &mut get)?;
-    // SAFETY: the kernel has just made this descriptor for us.
-    let link = unsafe { OwnedFd::from_raw_fd(fd) };
+    bpf(BPF_OBJ_PIN, &mut object).map(|_| ())
+}
+
+/// Puts another program into the link that is pinned at `pin`, in one step.
+pub fn update(pin: &Path, program: impl AsFd) -> io::Result<()> {
+    let link = open(pin)?;
+    let mut update = LinkUpdate {
+        link: number(&link),
+        program: number(program),
+        flags: 0,
+        old_program: 0,
+    };
+    bpf(BPF_LINK_UPDATE, &mut update).map(|_| ())
+}
+
+/// Reads the link that is pinned at `pin`.
+pub fn read(pin: &Path) -> io::Result<LinkInfo> {
+    let link = open(pin)?;
     let mut info = Info::default();
     let mut get = InfoGet {
-        // A descriptor is never negative.
-        fd: link.as_raw_fd().unsigned_abs(),
+        fd: number(&link),
         length: 24,
         info: (&raw mut info) as u64,
     };
@@ -77,10 +155,28 @@ pub fn read(pin: &Path) -> io::Result<LinkInfo> {
     })
 }
 
+fn open(pin: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(pin.as_os_str().as_bytes())?;
+    let mut object = Object {
+        path: path.as_ptr() as u64,
+        fd: 0,
+        flags: 0,
+    };
+    let fd = bpf(BPF_OBJ_GET, &mut object)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A descriptor as the kernel's structures have it: it is never negative.
+fn number(fd: impl AsFd) -> u32 {
+    fd.as_fd().as_raw_fd().unsigned_abs()
+}
+
 /// The system call. `attributes` must be those of `command`, and what they point to must live.
 fn bpf<T>(command: libc::c_int, attributes: &mut T) -> io::Result<libc::c_int> {
     // SAFETY: the kernel reads and writes at most as many bytes of `attributes` as it is told, and
-    // both callers' pointers are to living memory of the length that is told with them.
+    // the callers' pointers are to living memory of the length that is told with them, or to a
+    // string with its end.
     let answer = unsafe {
         libc::syscall(
             libc::SYS_bpf,

@@ -57,6 +57,30 @@ impl ListenerPorts {
     }
 }
 
+/// Some of all ports, to be asked for each of thousands.
+#[derive(Debug, Clone)]
+pub struct PortSet(Vec<bool>);
+
+impl Default for PortSet {
+    fn default() -> Self {
+        Self(vec![false; 1 << 16])
+    }
+}
+
+impl PortSet {
+    pub fn contains(&self, port: u16) -> bool {
+        self.0[usize::from(port)]
+    }
+}
+
+impl Extend<u16> for PortSet {
+    fn extend<T: IntoIterator<Item = u16>>(&mut self, ports: T) {
+        for port in ports {
+            self.0[usize::from(port)] = true;
+        }
+    }
+}
+
 /// The highest three ports outside the pod's ephemeral range, the agent's dial range, and what
 /// `is_taken` says.
 pub fn choose_ports(
@@ -111,27 +135,6 @@ pub fn bind(workers: u16, free: [u16; 3]) -> io::Result<(ListenerPorts, Vec<PodL
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => bind_all(spare),
         done => done,
     }
-}
-
-/// The TCP sockets of the calling thread's netns: their local ports, and whether they listen.
-pub fn local_ports() -> Vec<(u16, bool)> {
-    ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"]
-        .into_iter()
-        .filter_map(|path| fs::read_to_string(path).ok())
-        .flat_map(|table| parse_table(&table))
-        .collect()
-}
-
-/// Reads a table like /proc/net/tcp: `sl: ADDRESS:PORT REMOTE STATE …`, in hexadecimal.
-fn parse_table(table: &str) -> Vec<(u16, bool)> {
-    const LISTEN: &str = "0A";
-    let socket = |line: &str| {
-        let mut words = line.split_whitespace().skip(1);
-        let (local, state) = (words.next()?, words.nth(1)?);
-        let port = u16::from_str_radix(local.rsplit(':').next()?, 16).ok()?;
-        Some((port, state == LISTEN))
-    };
-    table.lines().skip(1).filter_map(socket).collect()
 }
 
 /// A listener for both families, that takes connections to any address.
@@ -213,13 +216,5 @@ mod tests {
         let chosen = choose_ports(&(32768..=65535), dial, |_| false);
         assert_eq!(chosen, Some([32767, 32766, 32765]));
         assert!(choose_ports(&(1024..=65535), dial, |_| false).is_none());
-    }
-
-    #[test]
-    fn local_ports_are_read_from_the_kernels_table() {
-        let table = "  sl  local_address rem_address   st\n   \
-                     0: 0100007F:1F90 00000000:0000 0A 00000000:00000000\n   \
-                     1: 00000000000000000000000000000000:0016 00:0 01\n";
-        assert_eq!(parse_table(table), [(8080, true), (22, false)]);
     }
 }

@@ -38,6 +38,7 @@ use malla_common::{Counter, Flow, WorkerLoad};
 
 pub use attach::TcMethod;
 pub use dial::{DialError, OwnDial, end_orderly, to_app, to_network};
+pub use enrol::EnrolError;
 pub use enrolment::{Degradation, Enrolment};
 pub use listeners::PodListeners;
 pub use netns::Netns;
@@ -45,8 +46,8 @@ pub use pod::Pod;
 pub use programs::ProgramsError;
 
 use self::{
-    cgroup::CgroupId, charge::Charge, inherited::Inherited, netns::NetnsId, programs::Programs,
-    record::Record,
+    attach::Attacher, cgroup::CgroupId, charge::Charge, inherited::Inherited, netns::NetnsId,
+    programs::Programs, record::Record,
 };
 use crate::model::{Node, WorkloadId};
 
@@ -82,12 +83,21 @@ pub struct Steering {
     /// Folder of the pods' pinned links.
     links: PathBuf,
     workers: u16,
+    attacher: Attacher,
+    /// Pods are enrolled side by side. Never held across an await.
+    books: Mutex<Books>,
+    _log: Option<ebpf_log::Reader>,
+}
+
+/// Who has what.
+#[derive(Debug, Default)]
+struct Books {
+    /// Also of workloads whose enrolment has only begun.
     netns_owners: HashMap<NetnsId, WorkloadId>,
     /// What earlier agents left in the maps, of pods that aren't enrolled again yet.
     inherited: HashMap<u32, Inherited>,
     /// Numbers of pods that are in use, by this agent or what is left of an earlier one.
     numbers: HashSet<u32>,
-    _log: Option<ebpf_log::Reader>,
 }
 
 /// What a worker needs of the data path.
@@ -159,18 +169,27 @@ impl Steering {
             .iter()
             .filter_map(|(_, folder)| Record::read(folder));
         let numbers = recorded.map(|record| record.pod);
-        Ok(Self {
+        let books = Books {
             numbers: numbers.chain(inherited.keys().copied()).collect(),
             inherited,
-            programs: Arc::new(Mutex::new(programs)),
+            ..Books::default()
+        };
+        let programs = Arc::new(Mutex::new(programs));
+        Ok(Self {
+            attacher: Attacher::new(&programs),
+            programs,
             home: Arc::new(home),
             cgroup,
             charge,
             links,
             workers,
-            netns_owners: HashMap::new(),
+            books: Mutex::new(books),
             _log: reader,
         })
+    }
+
+    fn books(&self) -> MutexGuard<'_, Books> {
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes charge of the node's pods, which are all enrolled now.
@@ -189,6 +208,16 @@ impl Steering {
     /// Whether another agent is about to take over.
     pub fn has_successor(&self) -> bool {
         self.charge.has_successor()
+    }
+
+    /// Whether one that was about to take over has died: pods may be without listeners.
+    pub fn lost_successor(&self) -> bool {
+        self.charge.lost_successor()
+    }
+
+    /// Forgets the dead successor: what it took is put back.
+    pub fn forget_successor(&self) {
+        self.charge.forget_successor();
     }
 
     /// Leaves the node's pods closed, with nobody in charge.
@@ -228,6 +257,18 @@ impl Steering {
                 })
                 .collect()
         })
+    }
+}
+
+/// Runs what takes the kernel milliseconds on a thread where it keeps nobody waiting.
+async fn on_blocking_thread<T: Send + 'static>(job: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(job).await {
+        Ok(result) => result,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // Cancelled: the runtime shuts down, and drops this task at its next await.
+            Err(_) => std::future::pending().await,
+        },
     }
 }
 

@@ -3,8 +3,9 @@
 use std::{
     collections::HashMap,
     fs, io,
-    os::fd::AsFd,
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use aya::{
@@ -13,11 +14,11 @@ use aya::{
         Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockHash,
         lpm_trie::Key, lpm_trie::LpmTrie,
     },
-    programs::{ProgramError, SchedClassifier, SkLookup},
+    programs::{ProgramError, ProgramFd, ProgramInfo, SchedClassifier, SkLookup},
 };
 use malla_common::{Address, Flow, ListenerKey, NetRule, PodEntry, PortRule, WorkerLoad};
 
-use super::{attach::TcMethod, cgroup::CgroupId, dial::OwnDial, links};
+use super::{attach::TcMethod, cgroup::CgroupId, dial::OwnDial};
 
 /// The object that `cargo xtask build-ebpf` made.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/malla-ebpf"));
@@ -67,7 +68,7 @@ pub enum ProgramsError {
     Attach {
         hook: &'static str,
         interface: String,
-        source: ProgramError,
+        source: io::Error,
     },
     #[error("can't pin {path}: {source}")]
     Pin { path: PathBuf, source: io::Error },
@@ -96,8 +97,39 @@ pub struct Programs {
     ebpf: Ebpf,
     maps: Maps,
     method: TcMethod,
-    /// The kernel's numbers of the programs.
-    ids: HashMap<&'static str, u32>,
+    loaded: Arc<Loaded>,
+}
+
+/// The programs as links are made of them. Apart from the rest, which is behind a lock: to attach
+/// one takes the kernel milliseconds, in which other pods' entries are to be written.
+#[derive(Debug, Default)]
+pub struct Loaded(HashMap<&'static str, LoadedProgram>);
+
+#[derive(Debug)]
+pub struct LoadedProgram {
+    pub fd: OwnedFd,
+    /// The kernel's number of it.
+    pub id: u32,
+}
+
+impl Loaded {
+    pub fn get(&self, name: &'static str) -> Result<&LoadedProgram, ProgramsError> {
+        self.0.get(name).ok_or(ProgramsError::Absent(name))
+    }
+
+    fn add(
+        &mut self,
+        name: &'static str,
+        fd: Result<&ProgramFd, ProgramError>,
+        info: Result<ProgramInfo, ProgramError>,
+    ) -> Result<(), ProgramsError> {
+        let error = |source| ProgramsError::Verify { name, source };
+        let fd = fd.map_err(error)?.as_fd().try_clone_to_owned();
+        let fd = fd.map_err(|source| error(source.into()))?;
+        let id = info.map_err(error)?.id();
+        self.0.insert(name, LoadedProgram { fd, id });
+        Ok(())
+    }
 }
 
 pub struct Maps {
@@ -122,20 +154,19 @@ impl Programs {
             loader.map_pin_path(name, maps_folder.join(name));
         }
         let mut ebpf = loader.load(OBJECT)?;
-        let mut ids = HashMap::new();
+        let mut loaded = Loaded::default();
         for name in PROGRAMS {
-            let error = |source| ProgramsError::Verify { name, source };
             let program = classifier(&mut ebpf, name)?;
-            program.load().map_err(error)?;
-            ids.insert(name, program.info().map_err(error)?.id());
+            let verified = program.load();
+            verified.map_err(|source| ProgramsError::Verify { name, source })?;
+            loaded.add(name, program.fd(), program.info())?;
         }
-        let error = |source| ProgramsError::Verify {
+        let program = sk_lookup(&mut ebpf)?;
+        program.load().map_err(|source| ProgramsError::Verify {
             name: LOOKUP,
             source,
-        };
-        let program = sk_lookup(&mut ebpf)?;
-        program.load().map_err(error)?;
-        ids.insert(LOOKUP, program.info().map_err(error)?.id());
+        })?;
+        loaded.add(LOOKUP, program.fd(), program.info())?;
         let maps = Maps {
             agents: map(&mut ebpf, "AGENTS")?,
             pods: map(&mut ebpf, "PODS")?,
@@ -149,7 +180,7 @@ impl Programs {
             ebpf,
             maps,
             method,
-            ids,
+            loaded: Arc::new(loaded),
         })
     }
 
@@ -162,12 +193,8 @@ impl Programs {
         &mut self.ebpf
     }
 
-    /// Whether the link that is pinned at `pin` attaches this agent's program `name` to `target`
-    /// (an interface's index or a netns's inode).
-    pub fn is_attached(&self, name: &str, pin: &Path, target: u64) -> bool {
-        links::read(pin).is_ok_and(|link| {
-            self.ids.get(name) == Some(&link.program) && u64::from(link.target) == target
-        })
+    pub fn loaded(&self) -> Arc<Loaded> {
+        Arc::clone(&self.loaded)
     }
 
     pub fn method(&self) -> TcMethod {

@@ -7,7 +7,7 @@
 use std::{collections::HashSet, path::Path};
 
 use super::{
-    Steering, attach,
+    Books, Steering, attach,
     enrolment::Enrolment,
     inherited::Inherited,
     links, lock,
@@ -19,14 +19,15 @@ use crate::model::WorkloadId;
 
 impl Steering {
     /// Restores the plain networking of a pod and forgets it.
-    pub async fn withdraw(&mut self, enrolment: Enrolment) {
+    pub async fn withdraw(&self, enrolment: Enrolment) {
+        let number = enrolment.pod().id;
         self.forget_owner(enrolment.workload());
-        self.numbers.remove(&enrolment.pod().id);
         enrolment.withdraw().await;
+        self.books().numbers.remove(&number);
     }
 
     /// Takes away whatever is left of a workload that isn't enrolled.
-    pub async fn remove(&mut self, workload: &WorkloadId) {
+    pub async fn remove(&self, workload: &WorkloadId) {
         self.forget_owner(workload);
         for folder in record::folders(&self.links, workload) {
             self.take_away(&folder).await;
@@ -34,7 +35,7 @@ impl Steering {
     }
 
     /// Takes away what an earlier agent left of workloads that `keep` doesn't hold.
-    pub async fn remove_leftovers(&mut self, keep: impl Fn(&WorkloadId) -> bool) {
+    pub async fn remove_leftovers(&self, keep: impl Fn(&WorkloadId) -> bool) {
         let mut kept = HashSet::new();
         for (workload, folder) in record::all(&self.links) {
             if keep(&workload) {
@@ -44,10 +45,13 @@ impl Steering {
                 self.take_away(&folder).await;
             }
         }
-        let orphans = self.inherited.extract_if(|pod, _| !kept.contains(pod));
+        let mut books = self.books();
+        let Books {
+            inherited, numbers, ..
+        } = &mut *books;
         let mut programs = lock(&self.programs);
-        for (pod, entries) in orphans {
-            self.numbers.remove(&pod);
+        for (pod, entries) in inherited.extract_if(|pod, _| !kept.contains(pod)) {
+            numbers.remove(&pod);
             entries.remove(programs.maps());
         }
     }
@@ -55,7 +59,7 @@ impl Steering {
     /// Closes the books of pods that had this workload's name in another netns than that of
     /// `present`. Where such a netns still runs out of our reach its programs stay, so that it
     /// stays closed; those that are attached to nothing go.
-    pub(super) async fn bury_others(&mut self, workload: &WorkloadId, present: &Path) {
+    pub(super) async fn bury_others(&self, workload: &WorkloadId, present: &Path) {
         for folder in record::folders(&self.links, workload) {
             if folder == present {
                 continue;
@@ -70,7 +74,7 @@ impl Steering {
         }
     }
 
-    async fn take_away(&mut self, folder: &Path) {
+    async fn take_away(&self, folder: &Path) {
         let Some(record) = Record::read(folder) else {
             record::remove(folder);
             return;
@@ -82,19 +86,20 @@ impl Steering {
         }
         record::remove(folder);
         self.forget_entries(record.pod);
-        self.numbers.remove(&record.pod);
+        self.books().numbers.remove(&record.pod);
     }
 
-    fn forget_entries(&mut self, pod: u32) {
+    fn forget_entries(&self, pod: u32) {
+        let entries = self.books().inherited.remove(&pod);
         let mut programs = lock(&self.programs);
         let maps = programs.maps();
-        let entries = self.inherited.remove(&pod);
         let entries = entries.or_else(|| Inherited::all(maps).remove(&pod));
         entries.unwrap_or_default().remove(maps);
     }
 
-    fn forget_owner(&mut self, workload: &WorkloadId) {
-        self.netns_owners.retain(|_, owner| owner != workload);
+    fn forget_owner(&self, workload: &WorkloadId) {
+        let mut books = self.books();
+        books.netns_owners.retain(|_, owner| owner != workload);
     }
 }
 

@@ -339,10 +339,18 @@ fn without_links_programs_are_filters_that_a_restart_replaces_and_a_withdrawal_d
 fn links_and_filters_take_each_others_place() {
     let mut scene = Scene::new(&[]);
     scene.bed.start_agents().unwrap();
+    assert_eq!(filters(&scene.leaver), 2);
+    eventually("links in the place of filters", LIMIT, || {
+        let before = scene.steered();
+        assert_eq!(scene.call(&scene.leaver), Fate::Echoed);
+        assert!(scene.steered() > before, "went past the agent");
+        !tc(&scene.leaver, "qdisc show").contains("clsact")
+    })
+    .unwrap();
     let links = set_up_in(&scene.leaver);
     assert_eq!(filters(&scene.leaver), 0);
-    assert!(!tc(&scene.leaver, "qdisc show").contains("clsact"));
     scene.kill_agent();
+    assert_eq!(scene.call(&scene.leaver), Fate::Refused);
     scene.bed = scene.bed.with_agent_arguments(["--tc-filters"]);
     scene.start_agent();
     assert_eq!(filters(&scene.leaver), 2);

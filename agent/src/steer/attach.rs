@@ -3,6 +3,10 @@
 //! Kernels from 6.6 on have links (TCX), which are pinned. Before, TC programs are filters of a
 //! clsact qdisc, which stay by themselves: in place of a pin stands a symbolic link that says so,
 //! for the agent that comes after to replace or to detach. `sk_lookup` has links everywhere.
+//!
+//! A filter is there at once. For a link the kernel waits until no packet is on its way around it
+//! (a grace period, some 8 ms), and nobody else may change a network meanwhile. So where there are
+//! links, a new pod has filters first, and links take their place when it has lived for a while.
 
 use std::{
     collections::HashMap,
@@ -34,6 +38,8 @@ const HANDLE: TcHandle = TcHandle::new(0, 0x133);
 
 /// Name of the note that the clsact qdisc of an interface is of our making.
 const QDISC: &str = "qdisc";
+/// What the name of a link's pin ends with while its filter is still there.
+const NEXT: &str = "next";
 
 /// What TC programs hang on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,13 +93,22 @@ impl Hook {
     }
 }
 
-/// Attaches programs to pods, from whatever thread and each pod by itself: of a link the kernel
-/// makes sure, before it answers, that no packet is on its way around it, which takes milliseconds.
+/// How a program came to hang on an interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attached {
+    ForGood,
+    /// By a filter, whose place a link is to take.
+    ForNow,
+}
+
+/// Attaches programs to pods, from whatever thread and each pod by itself.
 #[derive(Clone)]
 pub struct Attacher {
     method: TcMethod,
     loaded: Arc<Loaded>,
     programs: Arc<Mutex<Programs>>,
+    /// Held by the pod whose filters are being replaced by links.
+    pub replacing: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Attacher {
@@ -106,6 +121,7 @@ impl Attacher {
             method,
             loaded,
             programs: Arc::clone(programs),
+            replacing: Arc::default(),
         }
     }
 
@@ -118,70 +134,72 @@ impl Attacher {
         interface: &str,
         index: u32,
         pins: &Path,
+    ) -> Result<Attached, ProgramsError> {
+        let name = hook.program();
+        let pin = pins.join(format!("{index}_{name}"));
+        if self.method == TcMethod::Links && self.renew(name, index.into(), &pin)? {
+            return Ok(Attached::ForGood);
+        }
+        let mut programs = lock(&self.programs);
+        let attached = programs.attach_filter(hook, interface, index, pins);
+        attached.map_err(|source| attach_error(name, interface, io::Error::other(source)))?;
+        note(&pin)?;
+        Ok(match self.method {
+            TcMethod::Links => Attached::ForNow,
+            TcMethod::Filters => Attached::ForGood,
+        })
+    }
+
+    /// Puts a link into the place of a filter, without a gap: for a moment a packet meets both.
+    pub fn replace_filter(
+        &self,
+        hook: Hook,
+        interface: &str,
+        index: u32,
+        pins: &Path,
     ) -> Result<(), ProgramsError> {
         let name = hook.program();
-        let pin_path = pins.join(format!("{index}_{name}"));
-        let error = |source| ProgramsError::Attach {
-            hook: name,
-            interface: interface.to_owned(),
-            source,
+        let error = |source| attach_error(name, interface, source);
+        let target = match hook.attach_type() {
+            TcAttachType::Egress => Target::Egress(index),
+            _ => Target::Ingress(index),
         };
-        match self.method {
-            TcMethod::Links => {
-                let target = match hook.attach_type() {
-                    TcAttachType::Egress => Target::Egress(index),
-                    _ => Target::Ingress(index),
-                };
-                let takes_place_of_filter = is_note(&pin_path);
-                self.attach_link(name, target, index.into(), &pin_path, error)?;
-                if takes_place_of_filter {
-                    let _ = detach_filter(interface, hook);
-                }
-                Ok(())
-            }
-            TcMethod::Filters => {
-                let mut programs = lock(&self.programs);
-                let attached = programs.attach_filter(hook, interface, index, pins);
-                attached.map_err(|source| error(io::Error::other(source)))?;
-                note(&pin_path)
-            }
+        let link = links::create(&self.loaded.get(name)?.fd, target).map_err(error)?;
+        // Pinned before the filter goes, and under its own name after: whenever the agent dies, one
+        // of both is there, and a filter has its note.
+        let next = pins.join(format!("{index}_{name}_{NEXT}"));
+        remove_pin(&next)?;
+        links::pin(&link, &next).map_err(|source| pin_error(&next, source))?;
+        if let Err(source) = detach_filter(interface, hook) {
+            remove_pin(&next)?;
+            return Err(error(io::Error::other(source)));
         }
+        let pin = pins.join(format!("{index}_{name}"));
+        fs::rename(next, &pin).map_err(|source| pin_error(&pin, source))
     }
 
     /// Attaches the choice of listeners to a netns and pins the link in `pins`.
     pub fn attach_lookup(&self, netns: &Netns, pins: &Path) -> Result<(), ProgramsError> {
-        let error = |source| ProgramsError::Attach {
-            hook: LOOKUP,
-            interface: "the netns".to_owned(),
-            source,
-        };
-        let target = Target::Lookup(netns);
-        self.attach_link(LOOKUP, target, netns.id().inode, &pins.join(LOOKUP), error)
+        let pin = pins.join(LOOKUP);
+        if self.renew(LOOKUP, netns.id().inode, &pin)? {
+            return Ok(());
+        }
+        let link = links::create(&self.loaded.get(LOOKUP)?.fd, Target::Lookup(netns))
+            .map_err(|source| attach_error(LOOKUP, "the netns", source))?;
+        // An old link lives until the new one is attached and its pin is gone: there is no gap.
+        remove_pin(&pin)?;
+        links::pin(&link, &pin).map_err(|source| pin_error(&pin, source))
     }
 
-    /// Makes a link, or gives the one that is pinned there this agent's program: that costs nothing
-    /// and has no gap. `target_id` is what the kernel tells of a link's target.
-    fn attach_link(
-        &self,
-        name: &'static str,
-        target: Target,
-        target_id: u64,
-        pin: &Path,
-        error: impl Fn(io::Error) -> ProgramsError,
-    ) -> Result<(), ProgramsError> {
+    /// Gives the link that is pinned at `pin` this agent's program, which costs nothing and has no
+    /// gap. Whether there was one of this target: an interface's index or a netns's inode.
+    fn renew(&self, name: &'static str, target: u64, pin: &Path) -> Result<bool, ProgramsError> {
         let program = self.loaded.get(name)?;
         let stands = links::read(pin).ok();
-        let stands = stands.filter(|link| u64::from(link.target) == target_id);
-        match stands {
-            Some(link) if link.program == program.id => return Ok(()),
-            // Where it can't be, a new link takes its place.
-            Some(_) if links::update(pin, &program.fd).is_ok() => return Ok(()),
-            _ => {}
-        }
-        let link = links::create(&program.fd, target).map_err(error)?;
-        // An old link lives until the new one is attached and its pin is gone: there is no gap.
-        remove_pin(pin)?;
-        links::pin(&link, pin).map_err(|source| pin_error(pin, source))
+        let stands = stands.filter(|link| u64::from(link.target) == target);
+        Ok(stands.is_some_and(|link| {
+            link.program == program.id || links::update(pin, &program.fd).is_ok()
+        }))
     }
 }
 
@@ -221,6 +239,17 @@ impl Programs {
     }
 }
 
+/// Whether the clsact qdisc of an interface is of our making.
+pub fn has_own_qdisc(pins: &Path, index: u32) -> bool {
+    is_note(&pins.join(format!("{index}_{QDISC}")))
+}
+
+/// Forgets the clsact qdisc of an interface, which is gone.
+pub fn forget_qdisc(pins: &Path, index: u32) {
+    // A note that stays has a withdrawal look for a qdisc that isn't there.
+    let _ = fs::remove_file(pins.join(format!("{index}_{QDISC}")));
+}
+
 /// Detaches the filters that the notes in `pins` tell of, from interfaces of the calling thread's
 /// netns (`names` by index). Links need none of it: they go with their pins. Returns the
 /// interfaces whose qdisc is of our making.
@@ -249,8 +278,17 @@ pub fn detach_filters(pins: &Path, names: &HashMap<u32, String>) -> Vec<u32> {
     qdiscs
 }
 
+/// Detaches our filter from an interface. One that isn't there is no error.
 fn detach_filter(interface: &str, hook: Hook) -> Result<(), ProgramError> {
-    filter(interface, hook)?.detach()
+    match filter(interface, hook)?.detach() {
+        // No such filter, no such qdisc.
+        Err(ProgramError::TcError(TcError::NetlinkError(error)))
+            if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
 }
 
 /// Our filter on an interface, which need not be there.
@@ -283,6 +321,14 @@ fn remove_pin(path: &Path) -> Result<(), ProgramsError> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(pin_error(path, error)),
         _ => Ok(()),
+    }
+}
+
+fn attach_error(hook: &'static str, interface: &str, source: io::Error) -> ProgramsError {
+    ProgramsError::Attach {
+        hook,
+        interface: interface.to_owned(),
+        source,
     }
 }
 

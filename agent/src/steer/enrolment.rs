@@ -6,13 +6,14 @@ use std::{
     net::IpAddr,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use malla_common::{Address, PodEntry, pod_flags, ports};
 use tokio::task::JoinHandle;
 
 use super::{
-    attach::{Attacher, Hook},
+    attach::{self, Attached, Attacher, Hook},
     diag,
     enrol::{EnrolError, netns_error},
     inherited::Inherited,
@@ -29,6 +30,12 @@ use super::{
     withdraw,
 };
 use crate::model::{InterfaceMode, Settings, WorkloadId};
+
+/// How long a pod lives with filters before links take their place: many don't live for long.
+const UNTIL_LINKS: Duration = Duration::from_secs(3);
+/// How long the node's networks are left in peace after one pod's filters were replaced, for which
+/// nobody could change a network for some 24 ms.
+const REST_OF_NETWORK: Duration = Duration::from_millis(100);
 
 /// Why a pod isn't served as it should be, though it is enrolled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -97,6 +104,16 @@ struct State {
     addresses: HashSet<IpAddr>,
     /// Interfaces by index.
     interfaces: HashMap<u32, Steered>,
+    /// What hangs on a filter, and is to hang on a link.
+    filters: Vec<Filter>,
+}
+
+/// A program that is a filter for now.
+#[derive(Debug)]
+struct Filter {
+    hook: Hook,
+    interface: String,
+    index: u32,
 }
 
 /// What became of an interface.
@@ -180,7 +197,7 @@ impl Enrolment {
         let attached = self.inner.while_attaching(move || {
             let (attacher, pod, pins) = (&inner.attacher, &inner.pod, &inner.pins);
             attacher.attach_lookup(&pod.netns, pins)?;
-            let attach = || attacher.attach(Hook::Loopback, "lo", LOOPBACK, pins);
+            let attach = || inner.attach(Hook::Loopback, "lo", LOOPBACK);
             let entered = pod.netns.enter(&pod.home, attach);
             Ok(entered.map_err(netns_error(Path::new("lo")))??)
         });
@@ -227,9 +244,18 @@ impl Enrolment {
     pub(super) fn watched(mut self, mut changes: Changes) -> Self {
         let inner = Arc::clone(&self.inner);
         self.watch = tokio::spawn(async move {
-            while changes.next().await.is_some() {
-                if let Err(error) = inner.refresh().await {
-                    tracing::warn!(workload = %inner.workload, %error, "can't follow a pod's network");
+            loop {
+                let has_filters = !inner.state().filters.is_empty();
+                tokio::select! {
+                    change = changes.next() => {
+                        if change.is_none() {
+                            return;
+                        }
+                        if let Err(error) = inner.refresh().await {
+                            tracing::warn!(workload = %inner.workload, %error, "can't follow a pod's network");
+                        }
+                    }
+                    () = inner.replace_filters(), if has_filters => {}
                 }
             }
         });
@@ -412,7 +438,7 @@ impl Inner {
     /// Attaches to interfaces, and notes what became of them.
     fn attach_to(&self, interfaces: &[Interface]) {
         for interface in interfaces {
-            let attached = self.attach(interface);
+            let attached = self.attach_both(interface);
             let failure = attached.err().map(|error| error.to_string());
             if let Some(error) = &failure {
                 tracing::warn!(workload = %self.workload, interface = interface.name, error, "an interface can't be steered");
@@ -427,15 +453,66 @@ impl Inner {
         }
     }
 
-    fn attach(&self, interface: &Interface) -> Result<(), AttachError> {
+    fn attach_both(&self, interface: &Interface) -> Result<(), AttachError> {
         let ethernet = interface.ethernet.ok_or(AttachError::Kind)?;
-        let (name, index) = (&interface.name, interface.index);
-        let attach = |hook| self.attacher.attach(hook, name, index, &self.pins);
+        let attach = |hook| self.attach(hook, &interface.name, interface.index);
         let entered = self.pod.netns.enter(&self.pod.home, || {
             attach(Hook::Ingress { ethernet })?;
             attach(Hook::Egress { ethernet })
         });
         Ok(entered.map_err(AttachError::Enter)??)
+    }
+
+    /// To be called in the pod's netns.
+    fn attach(&self, hook: Hook, interface: &str, index: u32) -> Result<(), ProgramsError> {
+        let attached = self.attacher.attach(hook, interface, index, &self.pins)?;
+        if attached == Attached::ForNow {
+            self.state().filters.push(Filter {
+                hook,
+                interface: interface.to_owned(),
+                index,
+            });
+        }
+        Ok(())
+    }
+
+    /// Puts links into the place of filters, after a while and when it is this pod's turn.
+    async fn replace_filters(self: &Arc<Self>) {
+        tokio::time::sleep(UNTIL_LINKS).await;
+        let _turn = self.attacher.replacing.lock().await;
+        let inner = Arc::clone(self);
+        let done = self.while_attaching(move || inner.replace_filters_now());
+        for index in done.await {
+            if attach::has_own_qdisc(&self.pins, index) && self.network.remove_qdisc(index).await {
+                attach::forget_qdisc(&self.pins, index);
+            }
+        }
+        tokio::time::sleep(REST_OF_NETWORK).await;
+    }
+
+    /// Returns the interfaces that have no filter any more.
+    fn replace_filters_now(&self) -> HashSet<u32> {
+        let filters = std::mem::take(&mut self.state().filters);
+        let mut done: HashSet<u32> = filters.iter().map(|filter| filter.index).collect();
+        let entered = self.pod.netns.enter(&self.pod.home, || {
+            for Filter {
+                hook,
+                interface,
+                index,
+            } in filters
+            {
+                let replaced = self
+                    .attacher
+                    .replace_filter(hook, &interface, index, &self.pins);
+                if let Err(error) = replaced {
+                    // The filter does as well. It may also be gone with its interface.
+                    tracing::info!(workload = %self.workload, %error, "a filter stays");
+                    done.remove(&index);
+                }
+            }
+        });
+        // A netns that can't be entered is about to go.
+        entered.map(|()| done).unwrap_or_default()
     }
 }
 
@@ -446,6 +523,8 @@ impl State {
             let mut same = interfaces.iter().filter(|i| i.index == *index);
             same.any(|i| i.ethernet == steered.ethernet)
         });
+        let has = |index| index == LOOPBACK || self.interfaces.contains_key(&index);
+        self.filters.retain(|filter| has(filter.index));
     }
 
     /// What is to be set down, and what has no link-local route.

@@ -168,22 +168,23 @@ impl Network {
         found
     }
 
-    /// Removes the clsact qdisc of an interface, unless somebody's filters are on it.
-    pub async fn remove_qdisc(&self, index: u32) {
+    /// Removes the clsact qdisc of an interface, unless somebody's filters are on it. Whether it
+    /// is gone.
+    pub async fn remove_qdisc(&self, index: u32) -> bool {
         let Ok(index) = i32::try_from(index) else {
-            return;
+            return false;
         };
         for question in [
             self.handle.traffic_filter(index).get().ingress(),
             self.handle.traffic_filter(index).get().egress(),
         ] {
             if !matches!(question.execute().try_next().await, Ok(None)) {
-                return;
+                return false;
             }
         }
         let mut request = self.handle.qdisc().del(index);
         request.message_mut().header.parent = TcHandle::CLSACT;
-        let _ = request.execute().await;
+        request.execute().await.is_ok()
     }
 }
 

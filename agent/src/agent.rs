@@ -18,7 +18,7 @@ use socket2::{Domain, Socket, Type};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{oneshot, watch},
-    time::Instant,
+    time::{Instant, MissedTickBehavior},
 };
 
 use crate::{
@@ -28,7 +28,7 @@ use crate::{
     pods::Pods,
     proxy::{Shared, Workers},
     report::Report,
-    steer::{EbpfLog, Steering, TcMethod},
+    steer::{AUDIT_INTERVAL, EbpfLog, EventReceiver, Steering, TcMethod},
     telemetry::{self, KernelCount, Metrics, Readiness, ReadinessTask},
 };
 
@@ -36,6 +36,8 @@ use crate::{
 const ADMIN_PORT: u16 = 4191;
 /// How often the agent looks after what changes by itself in its pods.
 const LOOK_AFTER_PODS: Duration = Duration::from_millis(500);
+/// How long changes are gathered before what they touched is audited.
+const AUDIT_DELAY: Duration = Duration::from_millis(20);
 /// How often an agent looks whether another has taken over.
 const LOOK_FOR_SUCCESSOR: Duration = Duration::from_millis(100);
 /// How long an agent that is told to end waits for one that is starting to take over.
@@ -80,7 +82,7 @@ pub async fn run(options: Options, metrics: Arc<Metrics>) -> anyhow::Result<()> 
     };
     // The cgroup comes before every socket.
     let workers = options.workers.unwrap_or_else(default_workers);
-    let steering = Steering::start(
+    let (steering, events) = Steering::start(
         &node,
         workers,
         options.ebpf_log,
@@ -100,7 +102,7 @@ pub async fn run(options: Options, metrics: Arc<Metrics>) -> anyhow::Result<()> 
     ));
     tokio::select! {
         error = &mut admin => match error? {},
-        result = agent.follow(mesh, charge) => result?,
+        result = agent.follow(mesh, events, charge) => result?,
         _ = terminate.recv() => agent.wait_for_successor().await,
         _ = interrupt.recv() => {}
     }
@@ -198,6 +200,7 @@ impl Agent {
     async fn follow(
         &mut self,
         mut mesh: watch::Receiver<Arc<Mesh>>,
+        mut events: EventReceiver,
         charge: oneshot::Sender<()>,
     ) -> anyhow::Result<()> {
         let mut current = Arc::clone(&mesh.borrow_and_update());
@@ -221,6 +224,9 @@ impl Agent {
         let mut report = tokio::time::interval(Duration::from_secs(1));
         let mut superseded = tokio::time::interval(LOOK_FOR_SUCCESSOR);
         let mut look = tokio::time::interval(LOOK_AFTER_PODS);
+        let mut audit = tokio::time::interval(AUDIT_INTERVAL);
+        audit.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut audit_at = None;
         loop {
             tokio::select! {
                 changed = mesh.changed() => {
@@ -236,8 +242,24 @@ impl Agent {
                 }
                 _ = look.tick() => self.pods.look_after(&current).await,
                 _ = report.tick() => self.report(),
+                event = events.next() => {
+                    self.pods.touch(event);
+                    audit_at.get_or_insert_with(|| Instant::now() + AUDIT_DELAY);
+                }
+                () = sleep_until(audit_at) => {
+                    audit_at = None;
+                    let found = self.pods.audit_touched(&current).await;
+                    self.report.audit(&found);
+                }
+                _ = audit.tick() => {
+                    let started = Instant::now();
+                    let found = self.pods.audit().await;
+                    self.report.audit(&found);
+                    self.report.forget_healed(&found);
+                    self.shared.metrics.steering().audited(started.elapsed());
+                }
                 _ = superseded.tick() => {
-                    if !self.pods.steering.is_in_charge() {
+                    if self.pods.steering.is_superseded() {
                         return Ok(());
                     }
                     self.pods.reopen();
@@ -316,6 +338,14 @@ impl Agent {
                 }
             }
         }
+    }
+}
+
+/// For ever without a time.
+async fn sleep_until(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
     }
 }
 

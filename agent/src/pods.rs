@@ -4,7 +4,12 @@
 //! lives goes on until its end or a limit; only then is what was set up taken away. A pod whose
 //! netns is gone has nothing to wait for.
 
-use std::{collections::HashMap, pin::pin, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    pin::pin,
+    sync::Arc,
+    time::Duration,
+};
 
 use futures_util::{StreamExt, stream};
 use tokio::time::Instant;
@@ -13,7 +18,7 @@ use crate::{
     discovery::Changes,
     model::{Mesh, Workload, WorkloadId},
     proxy::{PodConnections, Shared, Workers},
-    steer::{EnrolError, Enrolment, Pod, PodListeners, Steering},
+    steer::{Difference, EnrolError, Enrolment, Event, Kind, Pod, PodListeners, Steering},
 };
 
 /// How many pods are enrolled at a time. More would only wait for each other in the kernel.
@@ -31,6 +36,8 @@ pub struct Pods {
     /// Workloads whose enrolment failed, with what was said of it, to be tried again.
     failed: HashMap<WorkloadId, String>,
     withdraw_limit: Duration,
+    /// What the kernel has told of since the last audit.
+    touched: HashSet<Event>,
 }
 
 struct Enrolled {
@@ -56,6 +63,7 @@ impl Pods {
             leaving: HashMap::new(),
             failed: HashMap::new(),
             withdraw_limit,
+            touched: HashSet::new(),
         }
     }
 
@@ -95,6 +103,8 @@ impl Pods {
             .collect();
         for workload in dead {
             tracing::warn!(workload = %workload.id, "its netns is gone");
+            let kind = Kind::Netns.as_str();
+            self.shared.metrics.steering().audit_difference(kind, true);
             self.cut(&workload).await;
             self.failed.insert(workload.id.clone(), String::new());
         }
@@ -159,6 +169,59 @@ impl Pods {
             self.shared.metrics.enrolment_error(error.reason());
             self.failed.insert(workload.id.clone(), said);
         }
+    }
+
+    /// Notes that something has changed, for the next [`Self::audit_touched`].
+    pub fn touch(&mut self, event: Event) {
+        self.touched.insert(event);
+    }
+
+    /// Audits what was touched.
+    pub async fn audit_touched(&mut self, mesh: &Mesh) -> Vec<Difference> {
+        let touched = std::mem::take(&mut self.touched);
+        if touched.contains(&Event::Netns) {
+            self.look_after(mesh).await;
+        }
+        if self.steering.has_successor() {
+            return Vec::new();
+        }
+        let mut found = Vec::new();
+        if touched.contains(&Event::Node) {
+            found.extend(self.steering.audit_node());
+        }
+        let is_touched = |pod: &&Enrolled| touched.contains(&Event::Pod(pod.enrolment.pod().id));
+        for pod in self.enrolled.values().filter(is_touched) {
+            found.extend(self.audit_pod(pod).await);
+        }
+        found
+    }
+
+    /// Audits everything. An agent that takes over is changing the same things meanwhile.
+    pub async fn audit(&mut self) -> Vec<Difference> {
+        if self.steering.has_successor() {
+            return Vec::new();
+        }
+        let mut found = self.steering.audit_node();
+        let leaving = self.leaving.values().map(|(pod, _)| &pod.enrolment);
+        let all = self.enrolments().chain(leaving);
+        found.extend(self.steering.audit_entries(all));
+        for pod in self.enrolled.values() {
+            found.extend(self.audit_pod(pod).await);
+        }
+        found
+    }
+
+    async fn audit_pod(&self, pod: &Enrolled) -> Vec<Difference> {
+        let audited = pod.enrolment.audit(&pod.workload.addresses).await;
+        if !pod.enrolment.netns_is_there() {
+            // It went meanwhile, which isn't for an audit to mend.
+            return Vec::new();
+        }
+        if let Some(listeners) = audited.listeners {
+            self.workers.relisten(pod.enrolment.pod(), listeners).await;
+        }
+        pod.enrolment.set_unhealed(audited.differences.iter());
+        audited.differences
     }
 
     /// Takes back a withdrawal that hasn't ended. Whether there was one: of another netns or
@@ -301,6 +364,7 @@ impl Pods {
     /// Stops following the pods, which are another agent's now or nobody's. Gives what their live
     /// connections hold.
     pub fn hand_over(&mut self) -> HashMap<WorkloadId, Arc<Pod>> {
+        self.steering.release_links();
         let leaving = self.leaving.drain().map(|(id, (pod, _))| (id, pod));
         let all = self.enrolled.drain().chain(leaving);
         all.map(|(id, pod)| (id, Arc::clone(pod.enrolment.pod())))

@@ -5,7 +5,7 @@
 
 use std::{fs, path::PathBuf, sync::Arc, time::Duration};
 
-use malla_testbed::{EchoApp, Fate, Node, Pod, PodSpec, Testbed, eventually};
+use malla_testbed::{EchoApp, Fate, Metrics, Node, Pod, PodSpec, Testbed, eventually};
 
 const LIMIT: Duration = Duration::from_secs(10);
 const PORT: u16 = 8080;
@@ -196,7 +196,15 @@ fn an_enrolment_that_fails_leaves_nothing_and_is_tried_again() {
     scene.bed.write_mesh_text(&scene.without_leaver()).unwrap();
     let command = scene.bed.agent_command(&scene.node).unwrap();
     let agent = command.spawn().unwrap();
-    agent.wait_for_log("enrolled", LIMIT).unwrap();
+    // The audit takes out what no pod owns, the next time after 5 s.
+    eventually("the first audit", LIMIT, || {
+        let metrics = scene.node.get("/metrics");
+        metrics.is_ok_and(|said| {
+            let metrics = Metrics::parse(&said.body);
+            metrics.sum("malla_audit_last_timestamp_seconds", &[]) > 0.0
+        })
+    })
+    .unwrap();
     scene.fill("update");
     scene.bed.write_mesh().unwrap();
     agent.wait_for_log("can't use the map PODS", LIMIT).unwrap();

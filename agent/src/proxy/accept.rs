@@ -37,7 +37,7 @@ async fn listen(worker: Rc<Worker>, pod: Rc<PodContext>, role: Listener, listene
             return;
         }
     };
-    let accepting = pod.accepting.clone();
+    let accepting = pod.accepting();
     let mut pause = FIRST_PAUSE;
     loop {
         let accepted = tokio::select! {

@@ -74,6 +74,10 @@ enum Command {
     HandOver {
         pod: u32,
     },
+    Relisten {
+        pod: u32,
+        listeners: PodListeners,
+    },
     Leave {
         grace: Duration,
     },
@@ -180,6 +184,15 @@ impl Workers {
         }
     }
 
+    /// Accepts a pod's connections on new listeners from now on, which have taken the place of dead
+    /// ones: worker N takes the Nth set.
+    pub async fn relisten(&self, pod: &Pod, listeners: Vec<PodListeners>) {
+        for (worker, listeners) in self.commands.iter().zip(listeners) {
+            let pod = pod.id;
+            let _ = worker.send(Command::Relisten { pod, listeners }).await;
+        }
+    }
+
     /// Closes all listeners after `grace`, and asks peers to open no more streams; what is
     /// connected goes on.
     pub async fn leave(&self, grace: Duration) {
@@ -229,7 +242,7 @@ pub(super) struct PodContext {
     pub(super) pod: Arc<Pod>,
     workload: RefCell<Arc<Workload>>,
     /// Ends the listeners.
-    pub(super) accepting: CancellationToken,
+    accepting: RefCell<CancellationToken>,
     /// Listeners, connections and tunnels. Dropped when the pod is withdrawn: a token would have to
     /// be looked at whenever one of them wakes.
     tasks: Tasks,
@@ -244,6 +257,11 @@ impl PodContext {
     /// The workload with the settings that are in force now.
     pub(super) fn workload(&self) -> Arc<Workload> {
         Arc::clone(&self.workload.borrow())
+    }
+
+    /// What ends the listeners that serve it now.
+    pub(super) fn accepting(&self) -> CancellationToken {
+        self.accepting.borrow().clone()
     }
 
     /// Runs a connection or tunnel of this pod, until its end or the pod's.
@@ -368,7 +386,7 @@ impl Worker {
         spawn_local(async move {
             tokio::time::sleep(grace).await;
             for pod in worker.pods.borrow().values() {
-                pod.accepting.cancel();
+                pod.accepting().cancel();
             }
         });
     }
@@ -385,7 +403,7 @@ impl Worker {
                 let context = Rc::new(PodContext {
                     pod,
                     workload: RefCell::new(workload),
-                    accepting: CancellationToken::new(),
+                    accepting: RefCell::default(),
                     tasks: self.turns.add(),
                     open,
                     withdrawn: Cell::new(false),
@@ -393,7 +411,7 @@ impl Worker {
                 });
                 accept::serve(self, &context, listeners);
                 if let Some(old) = self.pods.borrow_mut().insert(id, context) {
-                    old.accepting.cancel();
+                    old.accepting().cancel();
                 }
             }
             Command::Update { workload } => {
@@ -416,6 +434,12 @@ impl Worker {
                     context.leaving.set(true);
                 }
                 self.inbound_tunnels.hand_over_all_of(Some(pod));
+            }
+            Command::Relisten { pod, listeners } => {
+                if let Some(context) = self.pods.borrow().get(&pod) {
+                    context.accepting.take().cancel();
+                    accept::serve(self, context, listeners);
+                }
             }
             Command::Leave { grace } => self.leave(grace),
         }

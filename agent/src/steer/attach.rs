@@ -8,12 +8,14 @@
 //! (a grace period, some 8 ms), and nobody else may change a network meanwhile. So where there are
 //! links, a new pod has filters first, and links take their place when it has lived for a while.
 
+mod fault;
+
 use std::{
     collections::HashMap,
     fs, io,
-    os::unix::fs::symlink,
-    path::Path,
-    sync::{Arc, Mutex},
+    os::{fd::OwnedFd, unix::fs::symlink},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use aya::{
@@ -34,7 +36,7 @@ use super::{
 /// Filters come first, in their own place of the first priority: a restarted agent finds its
 /// predecessor's there.
 const PRIORITY: u16 = 1;
-const HANDLE: TcHandle = TcHandle::new(0, 0x133);
+pub const HANDLE: u32 = 0x133;
 
 /// Name of the note that the clsact qdisc of an interface is of our making.
 const QDISC: &str = "qdisc";
@@ -85,10 +87,17 @@ impl Hook {
         }
     }
 
-    fn attach_type(self) -> TcAttachType {
+    pub(super) fn attach_type(self) -> TcAttachType {
         match self {
             Self::Egress { .. } => TcAttachType::Egress,
             Self::Ingress { .. } | Self::Loopback => TcAttachType::Ingress,
+        }
+    }
+
+    fn target(self, index: u32) -> Target<'static> {
+        match self.attach_type() {
+            TcAttachType::Egress => Target::Egress(index),
+            _ => Target::Ingress(index),
         }
     }
 }
@@ -109,6 +118,9 @@ pub struct Attacher {
     programs: Arc<Mutex<Programs>>,
     /// Held by the pod whose filters are being replaced by links.
     pub replacing: Arc<tokio::sync::Mutex<()>>,
+    /// Links that are pinned, by their pins. They are held as well, so that whoever removes a pin
+    /// doesn't open the pod.
+    held: Arc<Mutex<HashMap<PathBuf, OwnedFd>>>,
 }
 
 impl Attacher {
@@ -122,7 +134,22 @@ impl Attacher {
             loaded,
             programs: Arc::clone(programs),
             replacing: Arc::default(),
+            held: Arc::default(),
         }
+    }
+
+    fn held(&self) -> MutexGuard<'_, HashMap<PathBuf, OwnedFd>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets go of the links that are pinned in `folder`: with their pins they go.
+    pub fn release(&self, folder: &Path) {
+        self.held().retain(|pin, _| pin.parent() != Some(folder));
+    }
+
+    /// Lets go of all links: from now on they are another agent's to withdraw.
+    pub fn release_all(&self) {
+        self.held().clear();
     }
 
     /// Attaches `hook` to an interface of the calling thread's netns, so that it outlives the
@@ -137,8 +164,14 @@ impl Attacher {
     ) -> Result<Attached, ProgramsError> {
         let name = hook.program();
         let pin = pins.join(format!("{index}_{name}"));
-        if self.method == TcMethod::Links && self.renew(name, index.into(), &pin)? {
-            return Ok(Attached::ForGood);
+        if self.method == TcMethod::Links {
+            if self.order_fault(hook, interface).is_some() {
+                self.attach_first(hook, interface, index, &pin)?;
+                return Ok(Attached::ForGood);
+            }
+            if self.renew(name, index.into(), &pin)? {
+                return Ok(Attached::ForGood);
+            }
         }
         let mut programs = lock(&self.programs);
         let attached = programs.attach_filter(hook, interface, index, pins);
@@ -160,11 +193,7 @@ impl Attacher {
     ) -> Result<(), ProgramsError> {
         let name = hook.program();
         let error = |source| attach_error(name, interface, source);
-        let target = match hook.attach_type() {
-            TcAttachType::Egress => Target::Egress(index),
-            _ => Target::Ingress(index),
-        };
-        let link = links::create(&self.loaded.get(name)?.fd, target).map_err(error)?;
+        let link = links::create(&self.loaded.get(name)?.fd, hook.target(index)).map_err(error)?;
         // Pinned before the filter goes, and under its own name after: whenever the agent dies, one
         // of both is there, and a filter has its note.
         let next = pins.join(format!("{index}_{name}_{NEXT}"));
@@ -175,7 +204,27 @@ impl Attacher {
             return Err(error(io::Error::other(source)));
         }
         let pin = pins.join(format!("{index}_{name}"));
-        fs::rename(next, &pin).map_err(|source| pin_error(&pin, source))
+        fs::rename(next, &pin).map_err(|source| pin_error(&pin, source))?;
+        self.held().insert(pin, link);
+        Ok(())
+    }
+
+    /// Puts this agent's program before all others of a hook, where another has come before it. The
+    /// one that is attached stays until then.
+    fn attach_first(
+        &self,
+        hook: Hook,
+        interface: &str,
+        index: u32,
+        pin: &Path,
+    ) -> Result<(), ProgramsError> {
+        let name = hook.program();
+        let error = |source| attach_error(name, interface, source);
+        // The kernel attaches no program twice to one hook.
+        let again = lock(&self.programs).load_again(name)?;
+        let link = links::create(&again, hook.target(index)).map_err(error)?;
+        self.pin(link, pin)?;
+        links::update(pin, &self.loaded.get(name)?.fd).map_err(error)
     }
 
     /// Attaches the choice of listeners to a netns and pins the link in `pins`.
@@ -186,20 +235,53 @@ impl Attacher {
         }
         let link = links::create(&self.loaded.get(LOOKUP)?.fd, Target::Lookup(netns))
             .map_err(|source| attach_error(LOOKUP, "the netns", source))?;
-        // An old link lives until the new one is attached and its pin is gone: there is no gap.
-        remove_pin(&pin)?;
-        links::pin(&link, &pin).map_err(|source| pin_error(&pin, source))
+        self.pin(link, &pin)
+    }
+
+    /// Pins a link in the place of what is pinned there, which is detached only then: there is no
+    /// gap.
+    fn pin(&self, link: OwnedFd, pin: &Path) -> Result<(), ProgramsError> {
+        let old = links::open(pin);
+        remove_pin(pin)?;
+        links::pin(&link, pin).map_err(|source| pin_error(pin, source))?;
+        self.held().insert(pin.to_owned(), link);
+        if let Ok(old) = old
+            && let Err(error) = links::detach(&old)
+        {
+            tracing::debug!(pin = %pin.display(), %error, "a link that was replaced isn't detached");
+        }
+        Ok(())
     }
 
     /// Gives the link that is pinned at `pin` this agent's program, which costs nothing and has no
     /// gap. Whether there was one of this target: an interface's index or a netns's inode.
     fn renew(&self, name: &'static str, target: u64, pin: &Path) -> Result<bool, ProgramsError> {
         let program = self.loaded.get(name)?;
-        let stands = links::read(pin).ok();
+        self.mend_pin(name, target, pin);
+        let Some(link) = links::open(pin).ok() else {
+            return Ok(false);
+        };
+        let stands = links::info(&link).ok();
         let stands = stands.filter(|link| u64::from(link.target) == target);
-        Ok(stands.is_some_and(|link| {
+        let renewed = stands.is_some_and(|link| {
             link.program == program.id || links::update(pin, &program.fd).is_ok()
-        }))
+        });
+        if renewed {
+            self.held().insert(pin.to_owned(), link);
+        }
+        Ok(renewed)
+    }
+
+    /// Pins a link again that is held, and attached as it should be, where its pin is gone.
+    fn mend_pin(&self, name: &'static str, target: u64, pin: &Path) {
+        if let Some(link) = self.held().get(pin)
+            && self.link_fault(name, target, pin).is_some()
+            && links::info(link).is_ok_and(|info| self.is_right(info, name, target))
+            && remove_pin(pin).is_ok()
+            && let Err(error) = links::pin(link, pin)
+        {
+            tracing::debug!(pin = %pin.display(), %error, "a link can't be pinned again");
+        }
     }
 }
 
@@ -224,7 +306,7 @@ impl Programs {
         let program = classifier(self.ebpf(), hook.program()).map_err(io::Error::other)?;
         let options = TcAttachOptions::Netlink(NlOptions {
             priority: PRIORITY,
-            handle: HANDLE,
+            handle: TcHandle::new(0, 0x133),
             classid: None,
         });
         let id = match program.attach_with_options(interface, hook.attach_type(), options) {
@@ -250,8 +332,25 @@ pub fn forget_qdisc(pins: &Path, index: u32) {
     let _ = fs::remove_file(pins.join(format!("{index}_{QDISC}")));
 }
 
+/// Detaches the links that are pinned in `pins`, whoever else holds them.
+pub fn detach_links(pins: &Path) {
+    for entry in fs::read_dir(pins).into_iter().flatten().flatten() {
+        if !is_note(&entry.path())
+            && let Ok(link) = links::open(&entry.path())
+            && let Err(error) = links::detach(&link)
+        {
+            tracing::warn!(pin = %entry.path().display(), %error, "can't detach a program");
+        }
+    }
+}
+
+/// Whether a filter stands for this hook's link, for good or for now.
+pub fn is_filter(hook: Hook, index: u32, pins: &Path) -> bool {
+    is_note(&pins.join(format!("{index}_{}", hook.program())))
+}
+
 /// Detaches the filters that the notes in `pins` tell of, from interfaces of the calling thread's
-/// netns (`names` by index). Links need none of it: they go with their pins. Returns the
+/// netns (`names` by index). Returns the
 /// interfaces whose qdisc is of our making.
 pub fn detach_filters(pins: &Path, names: &HashMap<u32, String>) -> Vec<u32> {
     let mut qdiscs = Vec::new();
@@ -293,7 +392,13 @@ fn detach_filter(interface: &str, hook: Hook) -> Result<(), ProgramError> {
 
 /// Our filter on an interface, which need not be there.
 fn filter(interface: &str, hook: Hook) -> io::Result<SchedClassifierLink> {
-    SchedClassifierLink::attached(interface, hook.attach_type(), PRIORITY, HANDLE, None)
+    SchedClassifierLink::attached(
+        interface,
+        hook.attach_type(),
+        PRIORITY,
+        TcHandle::new(0, 0x133),
+        None,
+    )
 }
 
 fn is_there(error: &TcError) -> bool {

@@ -57,6 +57,16 @@ impl Charge {
         named(&self.holder) == Some(self.own.0)
     }
 
+    /// Whether another agent has taken over.
+    pub fn is_lost(&self) -> bool {
+        named(&self.holder).is_some_and(|holder| holder != self.own.0)
+    }
+
+    /// Whether nobody is named: somebody has removed the note.
+    pub fn is_missing(&self) -> bool {
+        named(&self.holder).is_none()
+    }
+
     /// Leaves nobody in charge, unless another has taken over.
     pub fn give_up(&self) {
         if self.is_own() {

@@ -17,6 +17,7 @@ use super::{
     Steering, diag,
     dial_ports::DialPorts,
     enrolment::{Enrolment, Made},
+    events::Event,
     inherited::Inherited,
     listener_map,
     listeners::{self, ListenerPorts, PodListeners, PortSet},
@@ -136,6 +137,7 @@ impl Steering {
                 listeners: kept,
             },
             inherited,
+            self.events.clone(),
         );
         let set_up = self.set_up(&enrolment, &workload.settings, &listeners);
         if let Err(error) = set_up.await {
@@ -147,6 +149,9 @@ impl Steering {
                 self.books().inherited.insert(id, left);
             }
             return Err(error);
+        }
+        if let Some(folder) = workload.netns.as_deref().and_then(Path::parent) {
+            self.events.watch(folder, Event::Netns);
         }
         Ok((enrolment.watched(changes), listeners))
     }

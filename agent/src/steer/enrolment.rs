@@ -1,27 +1,31 @@
 //! A pod that is steered: its interfaces and addresses are followed while it lives, and what was set
 //! up is taken away when it is withdrawn.
 
+mod audit;
+mod interfaces;
+
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashSet},
     net::IpAddr,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
 };
 
 use malla_common::{Address, PodEntry, pod_flags, ports};
-use tokio::task::JoinHandle;
+use tokio::{sync::Notify, task::JoinHandle};
 
+use self::interfaces::Interfaces;
 use super::{
-    attach::{self, Attached, Attacher, Hook},
+    attach::{Attacher, Hook},
     diag,
     enrol::{EnrolError, netns_error},
+    events::{Event, Events},
     inherited::Inherited,
     listener_map,
     listeners::PodListeners,
     lock,
     netns::NetnsId,
-    network::{Changes, Interface, LOOPBACK, Network},
+    network::{Changes, LOOPBACK, Network},
     on_blocking_thread,
     pod::Pod,
     programs::{self, Programs, ProgramsError},
@@ -30,12 +34,6 @@ use super::{
     withdraw,
 };
 use crate::model::{InterfaceMode, Settings, WorkloadId};
-
-/// How long a pod lives with filters before links take their place: many don't live for long.
-const UNTIL_LINKS: Duration = Duration::from_secs(3);
-/// How long the node's networks are left in peace after one pod's filters were replaced, for which
-/// nobody could change a network for some 24 ms.
-const REST_OF_NETWORK: Duration = Duration::from_millis(100);
 
 /// Why a pod isn't served as it should be, though it is enrolled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -46,13 +44,16 @@ pub enum Degradation {
     InterfaceUnsteered,
     /// The app listens on the mesh port: it isn't reached there from outside the pod.
     MeshPort,
+    /// The audit found something that it couldn't put right.
+    Unhealed,
 }
 
 impl Degradation {
-    pub const ALL: [Self; 3] = [
+    pub const ALL: [Self; 4] = [
         Self::InterfaceRefused,
         Self::InterfaceUnsteered,
         Self::MeshPort,
+        Self::Unhealed,
     ];
 
     /// The word for metrics.
@@ -61,6 +62,7 @@ impl Degradation {
             Self::InterfaceRefused => "interface_refused",
             Self::InterfaceUnsteered => "interface_unsteered",
             Self::MeshPort => "mesh_port",
+            Self::Unhealed => "unhealed",
         }
     }
 }
@@ -68,7 +70,8 @@ impl Degradation {
 /// A pod that is steered. Dropping it ends the watch and leaves the pod closed.
 pub struct Enrolment {
     inner: Arc<Inner>,
-    watch: JoinHandle<()>,
+    /// What follows the pod's network, and what replaces its filters.
+    tasks: [JoinHandle<()>; 2],
 }
 
 struct Inner {
@@ -79,11 +82,13 @@ struct Inner {
     attacher: Attacher,
     /// Held while programs are attached, whoever waits for it.
     attaching: Arc<tokio::sync::Mutex<()>>,
+    has_filters: Notify,
     pins: PathBuf,
     record: Record,
     /// What the workers accept from, for the case that another agent's have taken their place in
     /// the map and are gone.
-    listeners: Vec<PodListeners>,
+    listeners: Mutex<Vec<PodListeners>>,
+    events: Events,
     state: Mutex<State>,
 }
 
@@ -99,39 +104,16 @@ pub(super) struct Made {
 #[derive(Debug, Default)]
 struct State {
     rules: PodRules,
-    interface_mode: InterfaceMode,
     /// Addresses that stand in the pod map.
     addresses: HashSet<IpAddr>,
-    /// Interfaces by index.
-    interfaces: HashMap<u32, Steered>,
-    /// What hangs on a filter, and is to hang on a link.
-    filters: Vec<Filter>,
-}
-
-/// A program that is a filter for now.
-#[derive(Debug)]
-struct Filter {
-    hook: Hook,
-    interface: String,
-    index: u32,
-}
-
-/// What became of an interface.
-#[derive(Debug)]
-struct Steered {
-    name: String,
-    /// The kind that it had then; that of a TUN interface can change.
-    ethernet: Option<bool>,
-    /// Why its programs couldn't be attached.
-    failure: Option<String>,
-    /// Whether steered packets to link-local addresses find their way. The kernel forgets that
-    /// when the interface is set down.
-    routed: bool,
+    interfaces: Interfaces,
+    /// What the last audit couldn't put right.
+    unhealed: Vec<String>,
 }
 
 impl Drop for Enrolment {
     fn drop(&mut self) {
-        self.watch.abort();
+        self.stop();
     }
 }
 
@@ -144,6 +126,7 @@ impl Enrolment {
         attacher: Attacher,
         made: Made,
         inherited: Inherited,
+        events: Events,
     ) -> Self {
         let state = State {
             rules: inherited.rules,
@@ -157,14 +140,16 @@ impl Enrolment {
             programs,
             attacher,
             attaching: Arc::default(),
+            has_filters: Notify::new(),
             pins: made.pins,
             record: made.record,
-            listeners: made.listeners,
+            listeners: Mutex::new(made.listeners),
+            events,
             state: Mutex::new(state),
         };
         Self {
             inner: Arc::new(inner),
-            watch: tokio::spawn(std::future::ready(())),
+            tasks: std::array::from_fn(|_| tokio::spawn(std::future::ready(()))),
         }
     }
 
@@ -188,7 +173,10 @@ impl Enrolment {
         written.map_err(|source| ProgramsError::Pin {
             path: pins.clone(),
             source,
-        })
+        })?;
+        let event = Event::Pod(self.inner.pod.id);
+        self.inner.events.watch(pins, event);
+        Ok(())
     }
 
     /// Attaches what chooses the listeners, and what brings steered packets to them.
@@ -225,13 +213,15 @@ impl Enrolment {
     /// over, and died. Whether they were.
     pub fn reopen(&self) -> Result<bool, ProgramsError> {
         let inner = &self.inner;
-        let workers = u16::try_from(inner.listeners.len()).unwrap_or(u16::MAX);
+        let listeners = inner.listeners();
+        let workers = u16::try_from(listeners.len()).unwrap_or(u16::MAX);
         let pod = inner.pod.id;
-        if inner.has_entries() && listener_map::is_whole(&mut lock(&inner.programs), pod, workers) {
+        let present = listener_map::present(&mut lock(&inner.programs));
+        if inner.has_entries() && listener_map::is_whole(&present, pod, workers) {
             return Ok(false);
         }
         inner.write_entries()?;
-        listener_map::insert(&mut lock(&inner.programs), pod, &inner.listeners)?;
+        listener_map::insert(&mut lock(&inner.programs), pod, &listeners)?;
         Ok(true)
     }
 
@@ -243,37 +233,40 @@ impl Enrolment {
     /// Follows the pod's interfaces and addresses from now on.
     pub(super) fn watched(mut self, mut changes: Changes) -> Self {
         let inner = Arc::clone(&self.inner);
-        self.watch = tokio::spawn(async move {
-            loop {
-                let has_filters = !inner.state().filters.is_empty();
-                tokio::select! {
-                    change = changes.next() => {
-                        if change.is_none() {
-                            return;
-                        }
-                        if let Err(error) = inner.refresh().await {
-                            tracing::warn!(workload = %inner.workload, %error, "can't follow a pod's network");
-                        }
-                    }
-                    () = inner.replace_filters(), if has_filters => {}
+        let watch = tokio::spawn(async move {
+            while changes.next().await.is_some() {
+                if let Err(error) = inner.refresh().await {
+                    tracing::warn!(workload = %inner.workload, %error, "can't follow a pod's network");
                 }
+                inner.events.send(Event::Pod(inner.pod.id));
             }
         });
+        let replace = tokio::spawn(Arc::clone(&self.inner).replace_filters());
+        self.tasks = [watch, replace];
         self
+    }
+
+    fn stop(&self) {
+        for task in &self.tasks {
+            task.abort();
+        }
     }
 
     /// Why the pod is degraded now, with what a human wants to know of it.
     pub fn degradations(&self) -> BTreeMap<Degradation, String> {
         let mut found = BTreeMap::new();
         let state = self.inner.state();
-        let unsteered = match state.interface_mode {
+        let unsteered = match state.interfaces.mode {
             InterfaceMode::Refuse => Degradation::InterfaceRefused,
             InterfaceMode::Allow => Degradation::InterfaceUnsteered,
         };
-        for interface in state.interfaces.values() {
+        for interface in state.interfaces.steered.values() {
             if let Some(failure) = &interface.failure {
                 found.insert(unsteered, format!("{}: {failure}", interface.name));
             }
+        }
+        if !state.unhealed.is_empty() {
+            found.insert(Degradation::Unhealed, state.unhealed.join("; "));
         }
         let pod = &self.inner.pod;
         if pod.listener_ports.mesh != ports::MESH {
@@ -289,11 +282,12 @@ impl Enrolment {
 
     /// Restores plain networking: detaches, removes rules, routes and map entries.
     pub(super) async fn withdraw(self) {
-        // The watch must not undo what is undone here, nor what it has begun come afterwards.
-        self.watch.abort();
+        // They must not undo what is undone here, nor what they have begun come afterwards.
+        self.stop();
         let inner = &self.inner;
         let _attaching = inner.attaching.lock().await;
         let pod = &inner.pod;
+        inner.attacher.release(&inner.pins);
         withdraw::restore(
             &inner.pins,
             &inner.record,
@@ -316,6 +310,12 @@ impl Inner {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn listeners(&self) -> MutexGuard<'_, Vec<PodListeners>> {
+        self.listeners
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn update(&self, settings: &Settings) -> Result<(), ProgramsError> {
         let mut state = self.state();
         let rules = PodRules::new(self.pod.id, settings);
@@ -335,7 +335,7 @@ impl Inner {
             insert_address(&mut programs, *address, entry)?;
         }
         state.rules = rules;
-        state.interface_mode = settings.interfaces;
+        state.interfaces.mode = settings.interfaces;
         Ok(())
     }
 
@@ -378,24 +378,26 @@ impl Inner {
         let new = {
             let mut state = self.state();
             let mut programs = lock(&self.programs);
-            self.follow_addresses(&mut state, &mut programs, addresses)?;
-            state.forget_others(&interfaces);
+            self.follow_addresses(&mut state, &mut programs, &addresses)?;
+            state.interfaces.forget_others(&interfaces);
+            let known = &state.interfaces.steered;
             let new = interfaces.iter();
-            let new = new.filter(|interface| !state.interfaces.contains_key(&interface.index));
+            let new = new.filter(|interface| !known.contains_key(&interface.index));
             new.cloned().collect::<Vec<_>>()
         };
         if !new.is_empty() {
             let inner = Arc::clone(self);
             self.while_attaching(move || inner.attach_to(&new)).await;
         }
-        let (refused, unrouted) = self.state().sort_out(&interfaces);
+        let (refused, unrouted) = self.state().interfaces.sort_out(&interfaces);
         for interface in refused {
             self.network.set_down(interface).await?;
         }
         for interface in unrouted {
             match self.network.route_link_local(interface).await {
                 Ok(()) => {
-                    if let Some(steered) = self.state().interfaces.get_mut(&interface.index) {
+                    let steered = &mut self.state().interfaces.steered;
+                    if let Some(steered) = steered.get_mut(&interface.index) {
                         steered.routed = true;
                     }
                 }
@@ -412,14 +414,9 @@ impl Inner {
         &self,
         state: &mut State,
         programs: &mut Programs,
-        mut addresses: HashSet<IpAddr>,
+        addresses: &HashSet<IpAddr>,
     ) -> Result<(), ProgramsError> {
-        // An address that another pod holds stays its own: it may be that of a bridge which both
-        // have, or one that an app with CAP_NET_ADMIN took.
-        addresses.retain(|address| {
-            let other = programs.maps().pods.get(&Address::from(*address), 0);
-            other.map_or(true, |entry| entry.pod == self.pod.id)
-        });
+        let addresses = own_addresses(programs, self.pod.id, addresses);
         let entry = state.rules.entry(&self.pod);
         for address in state.addresses.extract_if(|a| !addresses.contains(a)) {
             let _ = programs.maps().pods.remove(&Address::from(address));
@@ -435,133 +432,24 @@ impl Inner {
         Ok(())
     }
 
-    /// Attaches to interfaces, and notes what became of them.
-    fn attach_to(&self, interfaces: &[Interface]) {
-        for interface in interfaces {
-            let attached = self.attach_both(interface);
-            let failure = attached.err().map(|error| error.to_string());
-            if let Some(error) = &failure {
-                tracing::warn!(workload = %self.workload, interface = interface.name, error, "an interface can't be steered");
-            }
-            let steered = Steered {
-                name: interface.name.clone(),
-                ethernet: interface.ethernet,
-                failure,
-                routed: false,
-            };
-            self.state().interfaces.insert(interface.index, steered);
-        }
-    }
-
-    fn attach_both(&self, interface: &Interface) -> Result<(), AttachError> {
-        let ethernet = interface.ethernet.ok_or(AttachError::Kind)?;
-        let attach = |hook| self.attach(hook, &interface.name, interface.index);
-        let entered = self.pod.netns.enter(&self.pod.home, || {
-            attach(Hook::Ingress { ethernet })?;
-            attach(Hook::Egress { ethernet })
-        });
-        Ok(entered.map_err(AttachError::Enter)??)
-    }
-
-    /// To be called in the pod's netns.
-    fn attach(&self, hook: Hook, interface: &str, index: u32) -> Result<(), ProgramsError> {
-        let attached = self.attacher.attach(hook, interface, index, &self.pins)?;
-        if attached == Attached::ForNow {
-            self.state().filters.push(Filter {
-                hook,
-                interface: interface.to_owned(),
-                index,
-            });
-        }
-        Ok(())
-    }
-
-    /// Puts links into the place of filters, after a while and when it is this pod's turn.
-    async fn replace_filters(self: &Arc<Self>) {
-        tokio::time::sleep(UNTIL_LINKS).await;
-        let _turn = self.attacher.replacing.lock().await;
-        let inner = Arc::clone(self);
-        let done = self.while_attaching(move || inner.replace_filters_now());
-        for index in done.await {
-            if attach::has_own_qdisc(&self.pins, index) && self.network.remove_qdisc(index).await {
-                attach::forget_qdisc(&self.pins, index);
-            }
-        }
-        tokio::time::sleep(REST_OF_NETWORK).await;
-    }
-
-    /// Returns the interfaces that have no filter any more.
-    fn replace_filters_now(&self) -> HashSet<u32> {
-        let filters = std::mem::take(&mut self.state().filters);
-        let mut done: HashSet<u32> = filters.iter().map(|filter| filter.index).collect();
-        let entered = self.pod.netns.enter(&self.pod.home, || {
-            for Filter {
-                hook,
-                interface,
-                index,
-            } in filters
-            {
-                let replaced = self
-                    .attacher
-                    .replace_filter(hook, &interface, index, &self.pins);
-                if let Err(error) = replaced {
-                    // The filter does as well. It may also be gone with its interface.
-                    tracing::info!(workload = %self.workload, %error, "a filter stays");
-                    done.remove(&index);
-                }
-            }
-        });
-        // A netns that can't be entered is about to go.
-        entered.map(|()| done).unwrap_or_default()
+    /// Those of `addresses` that are this pod's.
+    fn own_of(&self, addresses: &HashSet<IpAddr>) -> HashSet<IpAddr> {
+        own_addresses(&mut lock(&self.programs), self.pod.id, addresses)
     }
 }
 
-impl State {
-    /// Forgets interfaces that are gone, or of another kind now.
-    fn forget_others(&mut self, interfaces: &[Interface]) {
-        self.interfaces.retain(|index, steered| {
-            let mut same = interfaces.iter().filter(|i| i.index == *index);
-            same.any(|i| i.ethernet == steered.ethernet)
-        });
-        let has = |index| index == LOOPBACK || self.interfaces.contains_key(&index);
-        self.filters.retain(|filter| has(filter.index));
-    }
-
-    /// What is to be set down, and what has no link-local route.
-    fn sort_out<'a>(
-        &mut self,
-        interfaces: &'a [Interface],
-    ) -> (Vec<&'a Interface>, Vec<&'a Interface>) {
-        let (mut refused, mut unrouted) = (Vec::new(), Vec::new());
-        for interface in interfaces {
-            let Some(steered) = self.interfaces.get_mut(&interface.index) else {
-                continue;
-            };
-            if steered.failure.is_some() {
-                // The first time, and whenever it is set up again.
-                if interface.up && self.interface_mode == InterfaceMode::Refuse {
-                    refused.push(interface);
-                }
-                continue;
-            }
-            steered.routed &= interface.up;
-            if interface.up && !steered.routed {
-                unrouted.push(interface);
-            }
-        }
-        (refused, unrouted)
-    }
-}
-
-/// Why an interface can't be steered.
-#[derive(Debug, thiserror::Error)]
-enum AttachError {
-    #[error("the kind of the interface isn't known")]
-    Kind,
-    #[error("can't enter the netns: {0}")]
-    Enter(std::io::Error),
-    #[error(transparent)]
-    Programs(#[from] ProgramsError),
+/// Without addresses that another pod holds, which stay its own: they may be those of a bridge
+/// which both have, or ones that an app with `CAP_NET_ADMIN` took.
+fn own_addresses(
+    programs: &mut Programs,
+    pod: u32,
+    addresses: &HashSet<IpAddr>,
+) -> HashSet<IpAddr> {
+    let own = addresses.iter().filter(|address| {
+        let holder = programs.maps().pods.get(&Address::from(**address), 0);
+        holder.map_or(true, |entry| entry.pod == pod)
+    });
+    own.copied().collect()
 }
 
 fn insert_address(

@@ -1,4 +1,4 @@
-//! Links of programs by the system call itself: made, pinned, read, and given another program.
+//! Links of programs by the system call itself: made, pinned, read, given another program, detached.
 //!
 //! aya makes links only by its one handle on all programs, but to attach one takes the kernel
 //! milliseconds; it tells neither a link's interface nor its netns; and it can't give a link of a
@@ -42,11 +42,12 @@ const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_UPDATE: libc::c_int = 29;
+const BPF_LINK_DETACH: libc::c_int = 34;
 const BPF_SK_LOOKUP: u32 = 36;
 const BPF_TCX_INGRESS: u32 = 46;
 const BPF_TCX_EGRESS: u32 = 47;
-/// Behind all others: with no other named, at the end.
-const BPF_F_AFTER: u32 = 1 << 4;
+/// Before another one: with none named, before all others.
+const BPF_F_BEFORE: u32 = 1 << 3;
 
 /// Of `BPF_OBJ_PIN` and `BPF_OBJ_GET`.
 #[repr(C)]
@@ -75,6 +76,11 @@ struct LinkUpdate {
 }
 
 #[repr(C)]
+struct LinkDetach {
+    link: u32,
+}
+
+#[repr(C)]
 struct InfoGet {
     fd: u32,
     length: u32,
@@ -95,11 +101,12 @@ struct Info {
 
 const _: () = assert!(offset_of!(Info, target) == 16 && size_of::<Info>() == 24);
 
-/// Attaches a program. It stays for as long as the link is open or pinned.
+/// Attaches a program, to an interface before all others. It stays for as long as the link is open
+/// or pinned.
 pub fn create(program: impl AsFd, target: Target) -> io::Result<OwnedFd> {
     let (target, attach_type, flags) = match target {
-        Target::Ingress(index) => (index, BPF_TCX_INGRESS, BPF_F_AFTER),
-        Target::Egress(index) => (index, BPF_TCX_EGRESS, BPF_F_AFTER),
+        Target::Ingress(index) => (index, BPF_TCX_INGRESS, BPF_F_BEFORE),
+        Target::Egress(index) => (index, BPF_TCX_EGRESS, BPF_F_BEFORE),
         Target::Lookup(netns) => (number(netns), BPF_SK_LOOKUP, 0),
     };
     let fd = bpf(
@@ -139,12 +146,22 @@ pub fn update(pin: &Path, program: impl AsFd) -> io::Result<()> {
     bpf(BPF_LINK_UPDATE, &mut update).map(|_| ())
 }
 
+/// Detaches a link, whoever else holds it (Linux 5.9).
+pub fn detach(link: &OwnedFd) -> io::Result<()> {
+    let mut detach = LinkDetach { link: number(link) };
+    bpf(BPF_LINK_DETACH, &mut detach).map(|_| ())
+}
+
 /// Reads the link that is pinned at `pin`.
 pub fn read(pin: &Path) -> io::Result<LinkInfo> {
-    let link = open(pin)?;
+    info(&open(pin)?)
+}
+
+/// Reads a link.
+pub fn info(link: &OwnedFd) -> io::Result<LinkInfo> {
     let mut info = Info::default();
     let mut get = InfoGet {
-        fd: number(&link),
+        fd: number(link),
         length: 24,
         info: (&raw mut info) as u64,
     };
@@ -155,7 +172,8 @@ pub fn read(pin: &Path) -> io::Result<LinkInfo> {
     })
 }
 
-fn open(pin: &Path) -> io::Result<OwnedFd> {
+/// Opens the link that is pinned at `pin`.
+pub fn open(pin: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(pin.as_os_str().as_bytes())?;
     let mut object = Object {
         path: path.as_ptr() as u64,

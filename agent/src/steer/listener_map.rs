@@ -1,8 +1,7 @@
 //! The agent's listeners in the map by which the kernel finds them.
 
-use std::os::fd::AsRawFd;
+use std::{collections::HashSet, os::fd::AsRawFd};
 
-use aya::maps::MapError;
 use malla_common::{ListenerKey, Role};
 
 use super::{
@@ -58,13 +57,17 @@ pub fn insert(
     Ok(())
 }
 
-/// Whether every worker has its listeners there, be they this agent's or another's.
-pub fn is_whole(programs: &mut Programs, pod: u32, workers: u16) -> bool {
-    let map = &programs.maps().listeners;
+/// The keys of all listeners that are there, of this agent or another one. The kernel tells no more
+/// of a socket than that.
+pub fn present(programs: &mut Programs) -> HashSet<ListenerKey> {
+    programs.maps().listeners.keys().flatten().collect()
+}
+
+/// Whether every worker of a pod has its listeners among `present`.
+pub fn is_whole(present: &HashSet<ListenerKey>, pod: u32, workers: u16) -> bool {
     let mut keys =
         (0..workers).flat_map(|slot| ROLES.map(|role| ListenerKey::new(pod, role, slot)));
-    // The kernel doesn't tell which socket it is, only that there is one.
-    keys.all(|key| !matches!(map.get(&key, 0), Err(MapError::KeyNotFound)))
+    keys.all(|key| present.contains(&key))
 }
 
 /// Closes a pod: from now on its SYNs meet no listener.

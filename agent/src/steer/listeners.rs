@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use nix::sys::socket::{getsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 
 use crate::model::{PortRange, ports};
@@ -37,6 +38,13 @@ impl PodListeners {
             inbound: self.inbound.try_clone()?,
             mesh: self.mesh.try_clone()?,
         })
+    }
+
+    /// Whether all of them listen. Who may administrate a netns can close another's sockets in it
+    /// (`ss -K`).
+    pub fn listen(&self) -> bool {
+        let mut all = [&self.outbound, &self.inbound, &self.mesh].into_iter();
+        all.all(|socket| getsockopt(socket, sockopt::AcceptConn).unwrap_or(false))
     }
 }
 
@@ -115,26 +123,30 @@ pub fn ephemeral_ports() -> RangeInclusive<u16> {
 /// app's own port can't be reached from outside the pod.
 pub fn bind(workers: u16, free: [u16; 3]) -> io::Result<(ListenerPorts, Vec<PodListeners>)> {
     let [outbound, inbound, spare] = free;
-    let bind_all = |mesh| {
-        let set = || {
-            Ok(PodListeners {
-                outbound: listener(outbound)?,
-                inbound: listener(inbound)?,
-                mesh: listener(mesh)?,
-            })
-        };
-        let sets: io::Result<Vec<_>> = (0..workers).map(|_| set()).collect();
+    let on = |mesh| {
         let ports = ListenerPorts {
             outbound,
             inbound,
             mesh,
         };
-        sets.map(|sets| (ports, sets))
+        bind_to(workers, ports).map(|sets| (ports, sets))
     };
-    match bind_all(ports::MESH) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => bind_all(spare),
+    match on(ports::MESH) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => on(spare),
         done => done,
     }
+}
+
+/// Makes the listeners of `workers` workers on these ports.
+pub fn bind_to(workers: u16, ports: ListenerPorts) -> io::Result<Vec<PodListeners>> {
+    let set = |_| {
+        Ok(PodListeners {
+            outbound: listener(ports.outbound)?,
+            inbound: listener(ports.inbound)?,
+            mesh: listener(ports.mesh)?,
+        })
+    };
+    (0..workers).map(set).collect()
 }
 
 /// A listener for both families, that takes connections to any address.

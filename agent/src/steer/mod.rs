@@ -4,6 +4,7 @@
 //! the agent on purpose (links, maps, rules, routes) goes only by [`Steering::withdraw`] and its kin.
 
 mod attach;
+mod audit;
 mod cgroup;
 mod charge;
 mod diag;
@@ -12,6 +13,7 @@ mod dial_ports;
 mod ebpf_log;
 mod enrol;
 mod enrolment;
+mod events;
 mod inherited;
 mod links;
 mod listener_map;
@@ -37,17 +39,19 @@ use aya::maps::{Array, HashMap as BpfHashMap, MapData};
 use malla_common::{Counter, Flow, WorkerLoad};
 
 pub use attach::TcMethod;
+pub use audit::{AUDIT_INTERVAL, Difference, Kind};
 pub use dial::{DialError, OwnDial, end_orderly, to_app, to_network};
 pub use enrol::EnrolError;
 pub use enrolment::{Degradation, Enrolment};
+pub use events::{Event, EventReceiver};
 pub use listeners::PodListeners;
 pub use netns::Netns;
 pub use pod::Pod;
 pub use programs::ProgramsError;
 
 use self::{
-    attach::Attacher, cgroup::CgroupId, charge::Charge, inherited::Inherited, netns::NetnsId,
-    programs::Programs, record::Record,
+    attach::Attacher, cgroup::CgroupId, charge::Charge, events::Events, inherited::Inherited,
+    netns::NetnsId, programs::Programs, record::Record,
 };
 use crate::model::{Node, WorkloadId};
 
@@ -86,6 +90,7 @@ pub struct Steering {
     attacher: Attacher,
     /// Pods are enrolled side by side. Never held across an await.
     books: Mutex<Books>,
+    events: Events,
     _log: Option<ebpf_log::Reader>,
 }
 
@@ -125,7 +130,7 @@ impl Steering {
         log: EbpfLog,
         method: TcMethod,
         takeover: bool,
-    ) -> Result<Self, SteeringError> {
+    ) -> Result<(Self, EventReceiver), SteeringError> {
         preflight::check(&node.bpffs)?;
         let holder = Charge::holder(&node.bpffs, &node.cgroup);
         if let Some(holder) = holder.filter(|_| !takeover) {
@@ -169,13 +174,16 @@ impl Steering {
             .iter()
             .filter_map(|(_, folder)| Record::read(folder));
         let numbers = recorded.map(|record| record.pod);
+        let (events, receiver) = Events::start();
+        events.watch(programs.maps_folder(), Event::Node);
+        events.watch(&node.bpffs, Event::Node);
         let books = Books {
             numbers: numbers.chain(inherited.keys().copied()).collect(),
             inherited,
             ..Books::default()
         };
         let programs = Arc::new(Mutex::new(programs));
-        Ok(Self {
+        let steering = Self {
             attacher: Attacher::new(&programs),
             programs,
             home: Arc::new(home),
@@ -184,8 +192,10 @@ impl Steering {
             links,
             workers,
             books: Mutex::new(books),
+            events,
             _log: reader,
-        })
+        };
+        Ok((steering, receiver))
     }
 
     fn books(&self) -> MutexGuard<'_, Books> {
@@ -200,9 +210,14 @@ impl Steering {
         })
     }
 
-    /// Whether no other agent has taken over.
+    /// Whether this agent is the one in charge.
     pub fn is_in_charge(&self) -> bool {
         self.charge.is_own()
+    }
+
+    /// Whether another agent has taken over.
+    pub fn is_superseded(&self) -> bool {
+        self.charge.is_lost()
     }
 
     /// Whether another agent is about to take over.
@@ -218,6 +233,11 @@ impl Steering {
     /// Forgets the dead successor: what it took is put back.
     pub fn forget_successor(&self) {
         self.charge.forget_successor();
+    }
+
+    /// Lets go of what another agent is to withdraw from now on.
+    pub fn release_links(&self) {
+        self.attacher.release_all();
     }
 
     /// Leaves the node's pods closed, with nobody in charge.

@@ -10,7 +10,7 @@ use rtnetlink::{
         link::{LinkAttribute, LinkFlags, LinkLayerType},
     },
 };
-use tokio::task::JoinHandle;
+use tokio::{sync::Mutex, task::JoinHandle};
 
 use super::netns::Netns;
 
@@ -40,6 +40,8 @@ pub struct Interface {
 #[derive(Debug)]
 pub struct Network {
     pub(super) handle: Handle,
+    /// Whose turn it is to list something: the kernel gives a socket one list at a time.
+    pub(super) lists: Mutex<()>,
     task: JoinHandle<()>,
 }
 
@@ -49,7 +51,7 @@ impl Drop for Network {
     }
 }
 
-/// Yields once for each batch of changes of links and addresses.
+/// Yields once for each batch of changes of links, addresses, rules, routes and filters.
 pub struct Changes(Pin<Box<dyn Stream<Item = ()> + Send>>);
 
 impl std::fmt::Debug for Changes {
@@ -78,6 +80,11 @@ impl Network {
             MulticastGroup::Link,
             MulticastGroup::Ipv4Ifaddr,
             MulticastGroup::Ipv6Ifaddr,
+            MulticastGroup::Ipv4Rule,
+            MulticastGroup::Ipv6Rule,
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv6Route,
+            MulticastGroup::Tc,
         ];
         let (connection, handle, messages) = netns
             .enter(home, || rtnetlink::new_multicast_connection(&groups))
@@ -85,7 +92,12 @@ impl Network {
             .map_err(NetworkError::Enter)?;
         let task = tokio::spawn(connection);
         let changes = Changes(Box::pin(messages.map(|_| ())));
-        Ok((Self { handle, task }, changes))
+        let network = Self {
+            handle,
+            lists: Mutex::default(),
+            task,
+        };
+        Ok((network, changes))
     }
 
     /// All interfaces but the loopback.
@@ -94,6 +106,7 @@ impl Network {
             what: "list the interfaces",
             source,
         };
+        let _turn = self.lists.lock().await;
         let mut links = self.handle.link().get().execute();
         let mut interfaces = Vec::new();
         while let Some(link) = links.try_next().await.map_err(error)? {
@@ -136,6 +149,7 @@ impl Network {
             what: "list the addresses",
             source,
         };
+        let _turn = self.lists.lock().await;
         let mut messages = self.handle.address().get().execute();
         let mut addresses = Vec::new();
         while let Some(message) = messages.try_next().await.map_err(error)? {

@@ -11,9 +11,10 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader,
     maps::{
-        Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockHash,
-        lpm_trie::Key, lpm_trie::LpmTrie,
+        Array, HashMap as BpfHashMap, Map, MapData, MapError, MapInfo, PerCpuArray, SkStorage,
+        SockHash, lpm_trie::Key, lpm_trie::LpmTrie,
     },
+    pin::PinError,
     programs::{ProgramError, ProgramFd, ProgramInfo, SchedClassifier, SkLookup},
 };
 use malla_common::{Address, Flow, ListenerKey, NetRule, PodEntry, PortRule, WorkerLoad};
@@ -74,6 +75,16 @@ pub enum ProgramsError {
     Pin { path: PathBuf, source: io::Error },
 }
 
+impl ProgramsError {
+    /// Whether it says that the interface isn't there.
+    pub fn is_gone(&self) -> bool {
+        let Self::Attach { source, .. } = self else {
+            return false;
+        };
+        matches!(source.raw_os_error(), Some(libc::ENODEV | libc::ENXIO))
+    }
+}
+
 /// The kernel's error, with the end of what the verifier says: the rest is its whole way there.
 fn refusal(error: &ProgramError) -> String {
     const LINES: usize = 12;
@@ -98,6 +109,10 @@ pub struct Programs {
     maps: Maps,
     method: TcMethod,
     loaded: Arc<Loaded>,
+    log_level: u8,
+    /// The folder of the maps' pins, and the maps that belong there.
+    maps_folder: PathBuf,
+    pinned_maps: Vec<(&'static str, MapData)>,
 }
 
 /// The programs as links are made of them. Apart from the rest, which is behind a lock: to attach
@@ -148,12 +163,7 @@ impl Programs {
     pub fn load(bpffs: &Path, log_level: u8, method: TcMethod) -> Result<Self, ProgramsError> {
         let maps_folder = bpffs.join("maps").join(LAYOUT);
         make_folder(&maps_folder)?;
-        let mut loader = EbpfLoader::new();
-        loader.override_global(aya_log::LEVEL, &log_level, true);
-        for name in MAPS {
-            loader.map_pin_path(name, maps_folder.join(name));
-        }
-        let mut ebpf = loader.load(OBJECT)?;
+        let mut ebpf = load_object(&maps_folder, log_level)?;
         let mut loaded = Loaded::default();
         for name in PROGRAMS {
             let program = classifier(&mut ebpf, name)?;
@@ -167,6 +177,12 @@ impl Programs {
             source,
         })?;
         loaded.add(LOOKUP, program.fd(), program.info())?;
+        let pinned = |name| {
+            let map = MapData::from_pin(maps_folder.join(name));
+            let map = map.map_err(|source| ProgramsError::Map { name, source });
+            map.map(|map| (name, map))
+        };
+        let pinned_maps = MAPS.into_iter().map(pinned).collect::<Result<_, _>>()?;
         let maps = Maps {
             agents: map(&mut ebpf, "AGENTS")?,
             pods: map(&mut ebpf, "PODS")?,
@@ -181,7 +197,38 @@ impl Programs {
             maps,
             method,
             loaded: Arc::new(loaded),
+            log_level,
+            maps_folder,
+            pinned_maps,
         })
+    }
+
+    /// The folder that holds the maps' pins.
+    pub fn maps_folder(&self) -> &Path {
+        &self.maps_folder
+    }
+
+    /// Pins again the maps that aren't pinned any more, or that another map stands in the place of.
+    pub fn mend_map_pins(&self) -> Vec<(&'static str, Result<(), MendError>)> {
+        let mend = |(name, map): &(&'static str, MapData)| {
+            let path = self.maps_folder.join(name);
+            let own = map.info().ok()?.id();
+            if MapInfo::from_pin(&path).is_ok_and(|pinned| pinned.id() == own) {
+                return None;
+            }
+            Some((*name, mend_pin(map, &path)))
+        };
+        self.pinned_maps.iter().filter_map(mend).collect()
+    }
+
+    /// Loads a TC program once more: the kernel attaches none twice to one hook.
+    pub fn load_again(&self, name: &'static str) -> Result<OwnedFd, ProgramsError> {
+        let mut ebpf = load_object(&self.maps_folder, self.log_level)?;
+        let error = |source| ProgramsError::Verify { name, source };
+        let program = classifier(&mut ebpf, name)?;
+        program.load().map_err(error)?;
+        let fd = program.fd().map_err(error)?.as_fd().try_clone_to_owned();
+        fd.map_err(|source| error(source.into()))
     }
 
     pub fn maps(&mut self) -> &mut Maps {
@@ -252,6 +299,34 @@ impl Programs {
         };
         map.try_into().map_err(error)
     }
+}
+
+/// Loads the object, with the maps that are pinned in `maps_folder` or pins them there.
+fn load_object(maps_folder: &Path, log_level: u8) -> Result<Ebpf, aya::EbpfError> {
+    let mut loader = EbpfLoader::new();
+    loader.override_global(aya_log::LEVEL, &log_level, true);
+    for name in MAPS {
+        loader.map_pin_path(name, maps_folder.join(name));
+    }
+    loader.load(OBJECT)
+}
+
+/// Why a map couldn't be pinned again.
+#[derive(Debug, thiserror::Error)]
+pub enum MendError {
+    #[error(transparent)]
+    Files(#[from] io::Error),
+    #[error(transparent)]
+    Pin(#[from] PinError),
+}
+
+fn mend_pin(map: &MapData, path: &Path) -> Result<(), MendError> {
+    fs::create_dir_all(path.parent().unwrap_or(path))?;
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
+    }
+    Ok(map.pin(path)?)
 }
 
 pub fn make_folder(path: &Path) -> Result<(), ProgramsError> {

@@ -5,6 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
+use aya::programs::TcAttachType;
 use futures_util::TryStreamExt;
 use malla_common::{STEER_MARK, STEER_TABLE};
 use rtnetlink::{
@@ -12,14 +13,18 @@ use rtnetlink::{
     packet_core::{DefaultNla, Emitable, NLA_F_NESTED},
     packet_route::{
         AddressFamily,
-        link::{AfSpecInet, AfSpecUnspec, LinkAttribute},
+        link::{AfSpecInet, AfSpecUnspec, LinkAttribute, LinkFlags},
         route::{RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType},
         rule::{RuleAction, RuleAttribute, RuleMessage},
-        tc::TcHandle,
+        tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcOption},
     },
 };
 
 use super::network::{Interface, LOOPBACK, Network, NetworkError};
+use super::{
+    attach::{self, Hook},
+    audit::Kind,
+};
 
 /// After the local table (0), before whatever the CNI adds.
 const RULE_PRIORITY: u32 = 133;
@@ -137,11 +142,12 @@ impl Network {
     /// takes it along.
     pub async fn unroute_steered(&self, accept_local: bool) {
         for version in [IpVersion::V4, IpVersion::V6] {
-            let mut rules = self.handle.rule().get(version.clone()).execute();
-            while let Ok(Some(rule)) = rules.try_next().await {
-                if is_steering_rule(&rule) {
-                    let _ = self.handle.rule().del(rule).execute().await;
-                }
+            for rule in self
+                .steering_rules(version.clone())
+                .await
+                .unwrap_or_default()
+            {
+                let _ = self.handle.rule().del(rule).execute().await;
             }
             for route in self.steering_routes(version).await {
                 let _ = self.handle.route().del(route).execute().await;
@@ -158,6 +164,7 @@ impl Network {
             IpVersion::V4 => RouteMessageBuilder::<Ipv4Addr>::new().build(),
             IpVersion::V6 => RouteMessageBuilder::<Ipv6Addr>::new().build(),
         };
+        let _turn = self.lists.lock().await;
         let mut routes = self.handle.route().get(question).execute();
         let mut found = Vec::new();
         while let Ok(Some(route)) = routes.try_next().await {
@@ -166,6 +173,105 @@ impl Network {
             }
         }
         found
+    }
+
+    /// What is missing of what brings steered packets to the local stack, IPv6's where `has_v6`.
+    /// `link_locals` are the interfaces that link-local addresses are routed for.
+    pub async fn routing_faults(
+        &self,
+        has_v6: bool,
+        link_locals: &[u32],
+    ) -> Result<Vec<(Kind, String)>, NetworkError> {
+        let mut faults = Vec::new();
+        if !self.loopback_is_up().await? {
+            faults.push((Kind::Loopback, "the loopback was down".to_owned()));
+        }
+        let families: &[_] = if has_v6 {
+            &[IpVersion::V4, IpVersion::V6]
+        } else {
+            &[IpVersion::V4]
+        };
+        for family in families {
+            let name = match family {
+                IpVersion::V4 => "IPv4",
+                IpVersion::V6 => "IPv6",
+            };
+            let first = RuleAttribute::Priority(RULE_PRIORITY);
+            let rules = self.steering_rules(family.clone()).await?;
+            if !rules.iter().any(|rule| rule.attributes.contains(&first)) {
+                faults.push((Kind::Rule, format!("the rule of {name} was gone")));
+            }
+            let routes = self.steering_routes(family.clone()).await;
+            let to_loopback = |route: &RouteMessage| {
+                route.header.destination_prefix_length == 0
+                    && route.header.kind == RouteType::Local
+                    && output_interface(route) == Some(LOOPBACK)
+            };
+            if !routes.iter().any(to_loopback) {
+                faults.push((Kind::Route, format!("the route of {name} was gone")));
+            }
+            if matches!(family, IpVersion::V4) {
+                continue;
+            }
+            for index in link_locals {
+                let of_link = |route: &RouteMessage| {
+                    route.header.destination_prefix_length == 10
+                        && output_interface(route) == Some(*index)
+                };
+                if !routes.iter().any(of_link) {
+                    let what = format!("the link-local route of interface {index} was gone");
+                    faults.push((Kind::Route, what));
+                }
+            }
+        }
+        Ok(faults)
+    }
+
+    async fn steering_rules(&self, family: IpVersion) -> Result<Vec<RuleMessage>, NetworkError> {
+        let _turn = self.lists.lock().await;
+        let rules = self.handle.rule().get(family).execute();
+        let steering = rules.try_filter(|rule| std::future::ready(is_steering_rule(rule)));
+        let error = |source| NetworkError::Netlink {
+            what: "list the rules",
+            source,
+        };
+        steering.try_collect().await.map_err(error)
+    }
+
+    async fn loopback_is_up(&self) -> Result<bool, NetworkError> {
+        let mut links = self.handle.link().get().match_index(LOOPBACK).execute();
+        let link = links.try_next().await;
+        let link = link.map_err(|source| NetworkError::Netlink {
+            what: "look at the loopback",
+            source,
+        })?;
+        Ok(link.is_some_and(|link| link.header.flags.contains(LinkFlags::Up)))
+    }
+
+    /// The program of the agent's filter at a hook of an interface.
+    pub async fn filter(&self, index: u32, hook: Hook) -> Option<u32> {
+        let filters = self.handle.traffic_filter(i32::try_from(index).ok()?).get();
+        let filters = match hook.attach_type() {
+            TcAttachType::Egress => filters.egress(),
+            _ => filters.ingress(),
+        };
+        let _turn = self.lists.lock().await;
+        let mut filters = filters.execute();
+        let mut program = None;
+        while let Ok(Some(filter)) = filters.try_next().await {
+            if u32::from(filter.header.handle) == attach::HANDLE {
+                let options = filter.attributes.iter();
+                let options = options.filter_map(|attribute| match attribute {
+                    TcAttribute::Options(options) => Some(options),
+                    _ => None,
+                });
+                program = options.flatten().find_map(|option| match option {
+                    TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => Some(*id),
+                    _ => None,
+                });
+            }
+        }
+        program
     }
 
     /// Removes the clsact qdisc of an interface, unless somebody's filters are on it. Whether it
@@ -178,7 +284,9 @@ impl Network {
             self.handle.traffic_filter(index).get().ingress(),
             self.handle.traffic_filter(index).get().egress(),
         ] {
-            if !matches!(question.execute().try_next().await, Ok(None)) {
+            let _turn = self.lists.lock().await;
+            let filters: Result<Vec<_>, _> = question.execute().try_collect().await;
+            if !filters.is_ok_and(|filters| filters.is_empty()) {
                 return false;
             }
         }
@@ -191,6 +299,15 @@ impl Network {
 fn is_steering_rule(rule: &RuleMessage) -> bool {
     let of_table = u32::from(rule.header.table) == STEER_TABLE;
     of_table && rule.attributes.contains(&RuleAttribute::FwMark(STEER_MARK))
+}
+
+fn output_interface(route: &RouteMessage) -> Option<u32> {
+    let attributes = route.attributes.iter();
+    let mut interfaces = attributes.filter_map(|attribute| match attribute {
+        RouteAttribute::Oif(index) => Some(*index),
+        _ => None,
+    });
+    interfaces.next()
 }
 
 fn table(route: &RouteMessage) -> u32 {

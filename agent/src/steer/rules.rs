@@ -102,6 +102,11 @@ impl PodRules {
         Ok(())
     }
 
+    /// Whether both have the same opt-outs, whatever else the pod's settings are.
+    pub fn has_same_rules(&self, other: &Self) -> bool {
+        self.ports == other.ports && self.nets == other.nets
+    }
+
     /// Adds the entries of `other`.
     pub fn absorb(&mut self, other: &Self) {
         self.ports.extend(&other.ports);

@@ -84,6 +84,7 @@ impl Steering {
         {
             restore(folder, &record, &netns, &self.home, &network).await;
         }
+        self.attacher.release(folder);
         record::remove(folder);
         self.forget_entries(record.pod);
         self.books().numbers.remove(&record.pod);
@@ -116,6 +117,7 @@ pub(super) async fn restore(
     for index in qdiscs.unwrap_or_default() {
         network.remove_qdisc(index).await;
     }
+    attach::detach_links(pins);
     record::remove(pins);
     network.unroute_steered(record.accept_local).await;
 }

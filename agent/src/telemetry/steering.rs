@@ -1,6 +1,8 @@
 //! Whether pods are steered as they should be.
 
-use prometheus::{IntGauge, IntGaugeVec, Opts, Registry};
+use std::time::{Duration, SystemTime};
+
+use prometheus::{Gauge, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 
 use super::metrics::{register, valid};
 
@@ -9,6 +11,9 @@ use super::metrics::{register, valid};
 pub struct SteeringMetrics {
     pods_degraded: IntGaugeVec,
     cgroup_left: IntGauge,
+    audit_differences: IntCounterVec,
+    audit_duration: Gauge,
+    audit_end: Gauge,
 }
 
 impl SteeringMetrics {
@@ -32,6 +37,54 @@ impl SteeringMetrics {
                      for an app's.",
                 )),
             ),
+            audit_differences: register(
+                registry,
+                valid(IntCounterVec::new(
+                    Opts::new(
+                        "malla_audit_differences_total",
+                        "Differences between the kernel's state and what the agent believes, by \
+                         kind and whether they could be put right.",
+                    ),
+                    &["kind", "outcome"],
+                )),
+            ),
+            audit_duration: register(
+                registry,
+                valid(Gauge::new(
+                    "malla_audit_duration_seconds",
+                    "How long the last whole audit took.",
+                )),
+            ),
+            audit_end: register(
+                registry,
+                valid(Gauge::new(
+                    "malla_audit_last_timestamp_seconds",
+                    "When the last whole audit ended.",
+                )),
+            ),
+        }
+    }
+
+    /// One difference that was found.
+    pub fn audit_difference(&self, kind: &'static str, healed: bool) {
+        let outcome = if healed { "healed" } else { "failed" };
+        let labels = [kind, outcome];
+        self.audit_differences.with_label_values(&labels).inc();
+    }
+
+    /// The end of an audit of everything, which took so long.
+    pub fn audited(&self, duration: Duration) {
+        self.audit_duration.set(duration.as_secs_f64());
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        self.audit_end.set(now.unwrap_or_default().as_secs_f64());
+    }
+
+    /// Tells of a kind before the first difference, so that a rate over it has a beginning.
+    pub fn describe_audit(&self, kinds: impl Iterator<Item = &'static str>) {
+        for kind in kinds {
+            for outcome in ["healed", "failed"] {
+                let _ = self.audit_differences.with_label_values(&[kind, outcome]);
+            }
         }
     }
 

@@ -221,7 +221,7 @@ impl Testbed {
 
     /// Makes one more network namespace, with nothing but its loopback in it.
     pub fn extra_netns(&self, name: &str) -> Result<Netns> {
-        Netns::create(format!("{}-{name}", self.name()))
+        Netns::create(&format!("{}-{name}", self.name()))
     }
 
     /// The statistics of the wire between two nodes. An error where it is a veth pair.

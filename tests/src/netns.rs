@@ -34,8 +34,8 @@ pub struct Netns {
 
 impl Netns {
     /// Makes one with its loopback up.
-    pub(crate) fn create(name: String) -> Result<Self> {
-        let netns = Self::create_all(&[&name])?.remove(0);
+    pub(crate) fn create(name: &str) -> Result<Self> {
+        let netns = Self::create_all(&[name])?.remove(0);
         netns.ip("link set lo up")?;
         Ok(netns)
     }
@@ -43,11 +43,11 @@ impl Netns {
     /// Makes many, each with its loopback down.
     pub(crate) fn create_all(names: &[impl AsRef<str>]) -> Result<Vec<Self>> {
         let names = names.iter().map(AsRef::as_ref);
-        let lines: String = names
+        let lines: Vec<String> = names
             .clone()
             .map(|name| format!("netns add {name}\n"))
             .collect();
-        ip(&[], &lines)?;
+        ip(&[], &lines.concat())?;
         let netns = |name: &str| Self {
             name: name.to_owned(),
             path: Path::new(FOLDER).join(name),

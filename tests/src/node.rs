@@ -67,7 +67,7 @@ works_inside!(Node);
 
 impl Node {
     pub(crate) fn create(claim: &Claim, name: &str, index: u8) -> Result<Self> {
-        let netns = Netns::create(format!("{}-node-{name}", claim.bed))?;
+        let netns = Netns::create(&format!("{}-node-{name}", claim.bed))?;
         // On machines with br_netfilter bridged packets would go through the host's firewall.
         let bridge_netfilter = netns.enter(|| Path::new("/proc/sys/net/bridge").exists());
         if bridge_netfilter {

@@ -131,7 +131,7 @@ fn programs_that_are_detached_or_pushed_aside_are_first_again() {
         if hook == "_egress" {
             // It hangs on a filter, until a link takes its place again.
             broken.heals("program", AT_ONCE, || {
-                broken.run("tc filter del dev eth0 egress")
+                broken.run("tc filter del dev eth0 egress");
             });
         }
     }
@@ -144,12 +144,6 @@ fn programs_that_are_detached_or_pushed_aside_are_first_again() {
 
 /// Attaches a copy of the program that a link has, before all others at the egress of eth0.
 fn put_first(pod: &Pod, link: &str) {
-    let shown = pod
-        .run(["bpftool", "-j", "link", "show", "pinned", link])
-        .unwrap()
-        .stdout;
-    let (_, id) = shown.split_once("\"prog_id\":").unwrap();
-    let id: String = id.chars().take_while(char::is_ascii_digit).collect();
     // bpftool attaches at the end; BPF_F_BEFORE without a neighbour is the front.
     const ATTACH: &str = "import ctypes, socket, struct, sys\n\
         libc = ctypes.CDLL(None, use_errno=True)\n\
@@ -161,6 +155,12 @@ fn put_first(pod: &Pod, link: &str) {
         program = bpf(13, struct.pack('III', int(sys.argv[1]), 0, 0))\n\
         index = socket.if_nametoindex('eth0')\n\
         bpf(8, struct.pack('IIIIIIQ', index, program, 47, 1 << 3, 0, 0, 0))\n";
+    let shown = pod
+        .run(["bpftool", "-j", "link", "show", "pinned", link])
+        .unwrap()
+        .stdout;
+    let (_, id) = shown.split_once("\"prog_id\":").unwrap();
+    let id: String = id.chars().take_while(char::is_ascii_digit).collect();
     pod.run(["python3", "-c", ATTACH, &id]).unwrap();
 }
 
@@ -179,7 +179,7 @@ fn a_pin_that_is_removed_opens_nothing_and_comes_back() {
         assert!(fs::exists(broken.pin(hook)).unwrap());
     }
     broken.heals("pin", AT_ONCE, || {
-        fs::remove_dir_all(broken.pins()).unwrap()
+        fs::remove_dir_all(broken.pins()).unwrap();
     });
     assert!(!wire.contains(SECRET));
     let node = &broken.scene.a;
@@ -202,7 +202,7 @@ fn entries_that_are_changed_in_the_maps_are_put_right() {
     let [a, b, c, d] = broken.client().v4().octets();
     let key = format!("key hex 0 0 0 0 0 0 0 0 0 0 ff ff {a:x} {b:x} {c:x} {d:x}");
     broken.heals("entry", HEALED, || {
-        broken.map(&format!("delete PODS {key}"))
+        broken.map(&format!("delete PODS {key}"));
     });
     broken.heals("entry", HEALED, || {
         let value = "value hex 1 0 0 0 1 0 0 0 0 0 0 0";

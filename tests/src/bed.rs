@@ -15,7 +15,7 @@ use crate::{
     capture::Capture,
     forwarder::WireStats,
     leftovers::Claim,
-    link::{Link, Linked},
+    link::{self, Link, Linked},
     mesh_file::{self, MeshWide},
     netns::Netns,
     node::Node,
@@ -188,6 +188,9 @@ impl Testbed {
         self.next_pod += u16::try_from(specs.len())?;
         let pods = Pod::create_all(node, specs)?.into_iter().map(Arc::new);
         let pods: Vec<_> = pods.collect();
+        for address in pods.iter().flat_map(|pod| &pod.spec().addresses) {
+            link::route_address(&self.nodes, node, *address)?;
+        }
         self.pods.extend(pods.iter().map(Arc::clone));
         self.update_mesh()?;
         Ok(pods)
@@ -205,6 +208,22 @@ impl Testbed {
             pod.remove()?;
         }
         self.update_mesh()
+    }
+
+    /// Takes a pod out of the mesh file, as when its node was lost, and leaves it as it is.
+    pub fn forget_pod(&mut self, pod: &Pod) -> Result<()> {
+        self.pods.retain(|other| other.name() != pod.name());
+        self.update_mesh()
+    }
+
+    /// Ends a pod and makes one like it in its place, as when its sandbox is replaced: a new network
+    /// namespace under the same name, with the same addresses. The mesh file stays as it is.
+    pub fn replace_pod(&mut self, pod: &Pod) -> Result<Arc<Pod>> {
+        pod.remove()?;
+        let next = Arc::new(pod.recreate()?);
+        let place = self.pods.iter_mut().find(|p| p.name() == next.name());
+        *place.context("a pod that was removed")? = Arc::clone(&next);
+        Ok(next)
     }
 
     /// Replaces the settings of one workload by other lines of YAML. Agents that run learn of it.

@@ -1,6 +1,6 @@
 //! The wire between two nodes.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
 
@@ -94,4 +94,20 @@ fn route(from: &Node, to: &Node) -> Result<()> {
     }
     from.netns().ip(&lines)?;
     from.netns().wait_addresses_settled()
+}
+
+/// Teaches all nodes the way to a pod of `node` at an address that may be of another's network.
+pub(crate) fn route_address(nodes: &[Arc<Node>], node: &Node, address: IpAddr) -> Result<()> {
+    let (v4, v6) = addresses(node.index);
+    for from in nodes {
+        let wire = from.wire_to(node);
+        let way = match address {
+            _ if from.name() == node.name() => "dev br0".to_owned(),
+            IpAddr::V4(_) => format!("via {v4} dev {wire}"),
+            IpAddr::V6(_) => format!("via {v6} dev {wire} onlink"),
+        };
+        from.netns()
+            .ip(&format!("route replace {address} {way}\n"))?;
+    }
+    Ok(())
 }

@@ -8,6 +8,7 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
 };
@@ -30,6 +31,8 @@ pub(crate) const FOLDER: &str = "/run/netns";
 pub struct Netns {
     name: String,
     path: PathBuf,
+    /// Whether the name was taken away, and may be another namespace's by now.
+    removed: AtomicBool,
 }
 
 impl Netns {
@@ -51,6 +54,7 @@ impl Netns {
         let netns = |name: &str| Self {
             name: name.to_owned(),
             path: Path::new(FOLDER).join(name),
+            removed: AtomicBool::new(false),
         };
         Ok(names.map(netns).collect())
     }
@@ -116,7 +120,9 @@ impl Netns {
 
     /// Takes the name away. The namespace itself lives on for as long as something is in it.
     pub(crate) fn remove(&self) {
-        remove_named(&self.path);
+        if !self.removed.swap(true, Ordering::Relaxed) {
+            remove_named(&self.path);
+        }
     }
 }
 

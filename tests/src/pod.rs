@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result};
 
 use crate::{
-    caller::{Caller, EchoApp},
+    caller::{Caller, EchoApp, same_family},
     capture::Capture,
     cgroup,
     netns::Netns,
@@ -35,6 +35,7 @@ const THREADS: usize = 4;
 pub struct Pod {
     spec: PodSpec,
     settings: Mutex<String>,
+    host: u16,
     node: Arc<Node>,
     netns: Netns,
     addresses: Vec<IpAddr>,
@@ -105,6 +106,7 @@ impl Pod {
         Ok(Self {
             settings: Mutex::new(spec.settings.clone()),
             spec,
+            host,
             node: Arc::clone(node),
             netns,
             addresses,
@@ -217,6 +219,22 @@ impl Pod {
         cgroup::kill_all(&self.cgroup)
     }
 
+    /// Makes a pod like this one, which has been removed, in its place: a new network namespace
+    /// under the same name, with the same addresses.
+    pub(crate) fn recreate(&self) -> Result<Self> {
+        for bridge in bridges(&self.spec) {
+            // It may be gone by itself, with the network namespace that its other end was in.
+            let line = format!("link del {}\n", port(self.host, bridge));
+            let _ = self.node.netns().ip(&line);
+        }
+        let spec = PodSpec {
+            settings: self.settings(),
+            ..self.spec.clone()
+        };
+        let mut made = Self::create_all(&self.node, vec![(spec, self.host)])?;
+        Ok(made.remove(0))
+    }
+
     /// Ends the pod: its processes, its namespace's name, its cgroup. The namespace itself goes
     /// when nobody holds it any more.
     pub(crate) fn remove(&self) -> Result<()> {
@@ -246,9 +264,14 @@ fn prepare(netns: &Netns, spec: &PodSpec) -> Result<()> {
     netns.sysctls(&settings)
 }
 
+/// The host's end of a pod's link to one of its node's bridges.
+fn port(host: u16, bridge: u8) -> String {
+    format!("pod{host}-{bridge}")
+}
+
 /// What `ip` does on the node to give the pod an interface on one of its bridges.
 fn connect_lines(pod: &Netns, spec: &PodSpec, bridge: u8, host: u16) -> String {
-    let (mtu, port) = (spec.mtu, format!("pod{host}-{bridge}"));
+    let (mtu, port) = (spec.mtu, port(host, bridge));
     format!(
         "link add {port} mtu {mtu} type veth peer name eth{bridge} mtu {mtu} netns {pod}\n\
          link set {port} master br{bridge} up\n",
@@ -269,21 +292,32 @@ fn address_lines(
         bridge,
     };
     let mut lines = format!("link set eth{bridge} up\n");
-    if spec.families.has_v4() {
-        let (own, gateway) = (network.v4(host), network.v4(1));
-        lines += &format!("addr add {own}/16 dev eth{bridge}\n");
-        if bridge == 0 {
+    let mut own: Vec<IpAddr> = Vec::new();
+    if bridge == 0 && !spec.addresses.is_empty() {
+        own.clone_from(&spec.addresses);
+        for address in &own {
+            let alone = if address.is_ipv4() { "32" } else { "128 nodad" };
+            lines += &format!("addr add {address}/{alone} dev eth0\n");
+        }
+        lines += &format!("route add {} dev eth0\n", network.v4(1));
+        lines += &format!("route add {} dev eth0\n", network.v6(1));
+    } else {
+        if spec.families.has_v4() {
+            let address = network.v4(host);
+            lines += &format!("addr add {address}/16 dev eth{bridge}\n");
+            own.push(address.into());
+        }
+        if spec.families.has_v6() {
+            let address = network.v6(host);
+            lines += &format!("addr add {address}/64 dev eth{bridge} nodad\n");
+            own.push(address.into());
+        }
+    }
+    for gateway in [IpAddr::from(network.v4(1)), network.v6(1).into()] {
+        if bridge == 0 && same_family(&own, gateway).is_some() {
             lines += &format!("route add default via {gateway}\n");
         }
-        addresses.push(own.into());
     }
-    if spec.families.has_v6() {
-        let (own, gateway) = (network.v6(host), network.v6(1));
-        lines += &format!("addr add {own}/64 dev eth{bridge} nodad\n");
-        if bridge == 0 {
-            lines += &format!("route add default via {gateway}\n");
-        }
-        addresses.push(own.into());
-    }
+    addresses.extend(own);
     lines
 }

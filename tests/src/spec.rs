@@ -1,5 +1,7 @@
 //! What a pod shall be like.
 
+use std::net::IpAddr;
+
 /// The description of a pod, with what a plain pod has as default: dual stack, MTU 1500, meshed,
 /// in namespace `default` under the service account `default`.
 #[derive(Debug, Clone)]
@@ -9,6 +11,7 @@ pub struct PodSpec {
     pub(crate) account: String,
     pub(crate) mtu: u32,
     pub(crate) families: Families,
+    pub(crate) addresses: Vec<IpAddr>,
     pub(crate) second_interface: bool,
     pub(crate) listing: Listing,
     pub(crate) settings: String,
@@ -52,6 +55,7 @@ impl PodSpec {
             account: "default".to_owned(),
             mtu: 1500,
             families: Families::Both,
+            addresses: Vec::new(),
             second_interface: false,
             listing: Listing::Meshed,
             settings: String::new(),
@@ -97,6 +101,14 @@ impl PodSpec {
     #[must_use]
     pub fn disable_ipv6(mut self) -> Self {
         self.families = Families::V4Disabled6;
+        self
+    }
+
+    /// These addresses in place of ones of its node's network: another pod may have had them, on
+    /// whatever node. Every node learns the way.
+    #[must_use]
+    pub fn at(mut self, addresses: &[IpAddr]) -> Self {
+        addresses.clone_into(&mut self.addresses);
         self
     }
 

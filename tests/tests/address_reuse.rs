@@ -5,7 +5,7 @@
 
 use std::{
     fs,
-    io::{self, ErrorKind, Read, Write},
+    io::{self, ErrorKind, Write},
     net::{IpAddr, TcpStream},
     path::PathBuf,
     sync::Arc,
@@ -168,19 +168,13 @@ impl New {
 /// Writes all the while what is meant for the old pod, and returns how that ended.
 fn write_until_cut(mut stream: &TcpStream) -> io::Error {
     let began = Instant::now();
-    let written = loop {
-        if began.elapsed() > 2 * OLD_TUNNELS {
-            return ErrorKind::TimedOut.into();
-        }
+    while began.elapsed() < 2 * OLD_TUNNELS {
         if let Err(error) = stream.write_all(FOR_OLD) {
-            break error;
+            return error;
         }
         thread::sleep(Duration::from_millis(1));
-    };
-    match stream.read(&mut [0; 1 << 16]) {
-        Err(error) if error.kind() == ErrorKind::WouldBlock => error,
-        _ => written,
     }
+    ErrorKind::TimedOut.into()
 }
 
 /// Opens connections, ends the old pod, and gives its address away, whether or not the client's

@@ -24,7 +24,7 @@ use crate::{
     maps::{AGENTS, OWN_DIAL, SCOPES, count, listener_lives, opt_out, pod_at},
     packet::{ETH_P_IP, ETH_P_IPV6, ETHERNET, Kind, NO_LINK_HEADER, Packet, RST, socket_receives},
     refuse::{ANSWER_MARK, Towards, answer},
-    sockets::{NO_POD, Socket, pod_here, sender},
+    sockets::{NO_POD, Socket, pod_here, sender, sent_by_listener},
 };
 
 /// The loopback's index in every netns.
@@ -43,8 +43,11 @@ pub fn egress_l3(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn steer(ctx: &TcContext, ip: u32) -> i32 {
     let (kind, packet) = Packet::read(ctx, ip);
-    if kind == Kind::Other || sent_by_agent(ctx) {
+    if kind == Kind::Other {
         return TC_ACT_UNSPEC;
+    }
+    if sent_by_agent(ctx) {
+        return agents_own(ctx, kind, &packet);
     }
     if kind == Kind::Unparsable {
         return drop(ctx, &packet, Reason::Unparsable);
@@ -82,6 +85,21 @@ fn sent_by_agent(ctx: &TcContext) -> bool {
     // SAFETY: the context is valid for the whole run of the program.
     let cgroup = unsafe { bpf_skb_cgroup_id(ctx.skb.skb) };
     AGENTS.get_ptr(cgroup).is_some()
+}
+
+/// The agent's packets pass, but for one: what its connection to an app sends once the app's socket
+/// is gone meets a listener of the agent, and since Linux 6.13 the RST counts as the listener's.
+/// It is for the agent itself, and tells it that the app has gone.
+#[inline(always)]
+fn agents_own(ctx: &TcContext, kind: Kind, packet: &Packet) -> i32 {
+    if kind == Kind::Tcp
+        && packet.has(RST)
+        && sent_by_listener(ctx)
+        && socket_receives(ctx, &packet.flow)
+    {
+        return to_loopback(ctx, packet);
+    }
+    TC_ACT_UNSPEC
 }
 
 /// Decides about a connection that the app opens, or repeats what was decided.

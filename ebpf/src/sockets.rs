@@ -90,6 +90,20 @@ pub fn sender(ctx: &TcContext) -> Option<Socket> {
     }
 }
 
+/// Whether a listener sent this packet: the kernel answered in its name.
+#[inline(always)]
+pub fn sent_by_listener(ctx: &TcContext) -> bool {
+    // SAFETY: as in `sender`.
+    unsafe {
+        let socket = (*ctx.skb.skb).__bindgen_anon_2.sk;
+        if socket.is_null() {
+            return false;
+        }
+        let socket = bpf_sk_fullsock(socket);
+        !socket.is_null() && (*socket).state == TCP_LISTEN
+    }
+}
+
 impl Socket {
     /// What was decided about this socket, if anything was.
     #[inline(always)]

@@ -234,12 +234,6 @@ impl Pair {
 }
 
 impl Agent {
-    /// How many descriptors it has open.
-    pub fn open_descriptors(&self) -> Result<usize> {
-        let folder = format!("/proc/{}/fd", self.process().pid());
-        Ok(fs::read_dir(&folder).context(folder)?.count())
-    }
-
     /// Its resident memory, in bytes.
     pub fn resident_memory(&self) -> Result<usize> {
         let path = format!("/proc/{}/status", self.process().pid());

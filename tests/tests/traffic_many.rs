@@ -10,8 +10,9 @@ use std::{
     time::Instant,
 };
 
-use malla_testbed::{PATIENCE, Pair, Pod, Way, accept, dial_from, listen, on_each_way};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use malla_testbed::{
+    PATIENCE, Pair, Pod, Way, accept, allow_many_descriptors, dial_from, listen, on_each_way,
+};
 use socket2::SockRef;
 
 /// Threads of the client and of the server each.
@@ -146,7 +147,7 @@ fn answer(stream: &mut TcpStream) -> io::Result<()> {
 
 fn connections_at_once_all_get_their_answer(pair: &Pair) {
     const NUMBER: u64 = 2_000;
-    allow_many_descriptors();
+    allow_many_descriptors().unwrap();
     let listener = listen(&pair.server, 0).unwrap();
     let to = pair.address(listener.local_addr().unwrap().port());
     let (mut clients, mut servers) = thread::scope(|scope| {
@@ -171,12 +172,6 @@ fn connections_at_once_all_get_their_answer(pair: &Pair) {
         client.read_exact(&mut answer).unwrap();
         assert_eq!(u64::from_le_bytes(answer), !number);
     }
-}
-
-/// Both ends of all connections are descriptors of this process.
-fn allow_many_descriptors() {
-    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
 }
 
 #[test]

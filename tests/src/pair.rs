@@ -236,9 +236,18 @@ impl Pair {
 impl Agent {
     /// Its resident memory, in bytes.
     pub fn resident_memory(&self) -> Result<usize> {
+        self.memory("VmRSS:")
+    }
+
+    /// What it has allocated and not given back, in bytes: no pages of files, such as its program.
+    pub fn anonymous_memory(&self) -> Result<usize> {
+        self.memory("RssAnon:")
+    }
+
+    fn memory(&self, kind: &str) -> Result<usize> {
         let path = format!("/proc/{}/status", self.process().pid());
         let status = fs::read_to_string(&path).with_context(|| path.clone())?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let line = status.lines().find_map(|line| line.strip_prefix(kind));
         let number = line.and_then(|rest| rest.split_ascii_whitespace().next());
         let kib: usize = number.context(path)?.parse()?;
         Ok(kib << 10)

@@ -253,6 +253,43 @@ fn issuer_and_anchor_are_replaced_under_traffic_and_nothing_fails() {
     assert_eq!(world.failed_handshakes(), Vec::<String>::new());
 }
 
+/// As linkerd/linkerd2#15109 has it, where a replacement was missed.
+#[test]
+fn a_hundred_issuers_in_a_row_and_bad_ones_between_leave_the_last_one_in_use() {
+    let bed = Testbed::new("issuers").unwrap();
+    let mut volume = IdentityVolume::new(&bed).unwrap();
+    let anchor = Authority::anchor(&bed, "anchor", DAY).unwrap();
+    let issuers: Vec<_> = (0..10)
+        .map(|number| anchor.issuer(&format!("issuer-{number}"), DAY).unwrap())
+        .collect();
+    put(&mut volume, &pair(&[&anchor], &issuers[0]));
+    let world = World::new(bed);
+    let traffic = Traffic::start(&world);
+    for turn in 1..=100 {
+        let issuer = &issuers[turn % issuers.len()];
+        if turn % 5 == 0 {
+            let mut bad = pair(&[&anchor], issuer);
+            bad[2].1 = issuers[(turn + 1) % issuers.len()].key().unwrap();
+            put(&mut volume, &bad);
+        }
+        put(&mut volume, &pair(&[&anchor], issuer));
+        // Each second one stays for less than 10 ms; the time itself is what is tried.
+        if turn % 2 == 0 {
+            thread::sleep(Duration::from_millis(30));
+        }
+        if turn % 50 == 0 {
+            let signs = format!("CN=issuer-{}", turn % issuers.len());
+            world.wait_for(
+                "malla_identity_expiration_timestamp_seconds",
+                &[("object", "issuer"), ("subject", &signs)],
+                1.0,
+            );
+        }
+    }
+    traffic.end();
+    assert_eq!(world.failed_handshakes(), Vec::<String>::new());
+}
+
 #[test]
 fn an_expired_anchor_is_told_of_before_and_its_successor_mends_the_mesh_without_a_restart() {
     let bed = Testbed::new("expiry").unwrap();

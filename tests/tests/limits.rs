@@ -10,7 +10,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use malla_testbed::{Agent, EchoApp, Fate, Pair, PodSpec, Testbed, Way, eventually, say};
+use malla_testbed::{
+    Agent, EchoApp, Fate, Pair, PodSpec, Testbed, Way, allow_many_descriptors, eventually, say,
+};
 
 const LIMIT: Duration = Duration::from_secs(20);
 const PORT: u16 = 8080;
@@ -113,6 +115,29 @@ fn a_pod_that_has_its_number_of_connections_refuses_one_more_by_that_reason() {
         })
         .unwrap();
     }
+}
+
+#[test]
+fn a_client_that_has_every_dial_port_is_refused_one_more_by_that_reason() {
+    let (pair, _app) = pair("", "dialPorts: 20000-20999");
+    allow_many_descriptors().unwrap();
+    let to = pair.address(PORT);
+    let mut open: Vec<TcpStream> = (0..1_000)
+        .map(|_| pair.client.caller().connect(to).unwrap())
+        .collect();
+    for stream in &mut open {
+        assert_eq!(say(stream, b"hello"), Fate::Echoed);
+    }
+    assert_eq!(pair.client.caller().call(to), Fate::Reset);
+    let log = || pair.agents()[1].log();
+    let told = || log().contains("error=\"dial_ports_exhausted\"");
+    eventually("the reason in the access log", LIMIT, told).unwrap();
+    assert_eq!(say(&mut open[0], b"still here"), Fate::Echoed);
+    open.pop();
+    eventually("room for another", LIMIT, || {
+        pair.client.caller().call(to) == Fate::Echoed
+    })
+    .unwrap();
 }
 
 #[test]

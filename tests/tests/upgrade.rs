@@ -20,6 +20,7 @@ use nix::{
 };
 
 const LIMIT: Duration = Duration::from_secs(20);
+const MESH: u16 = 15008;
 /// Threads that open connections one after the other.
 const CALLERS: usize = 4;
 
@@ -109,6 +110,7 @@ fn upgrade(upgrades: usize, long_lived: usize) {
     let traffic = Traffic::new(&scene, long_lived);
     let nodes = [Arc::clone(&scene.a), Arc::clone(&scene.b)];
     let mut old: Vec<Agent> = Vec::new();
+    let wire = scene.bed.capture_wire(&scene.a, &scene.b).unwrap();
     let began = Instant::now();
     traffic.during(|| {
         for node in nodes.iter().cycle().take(upgrades) {
@@ -120,6 +122,10 @@ fn upgrade(upgrades: usize, long_lived: usize) {
     });
     let opened = traffic.opened.load(Ordering::Relaxed);
     println!("{opened} connections in {:?}", began.elapsed());
+    let packets = wire.tcp().into_iter();
+    let past = packets.filter(|packet| ![packet.from.port(), packet.to.port()].contains(&MESH));
+    assert_eq!((past.count(), wire.missed().unwrap()), (0, 0));
+    drop(wire);
     let living = old.iter().filter(|agent| agent.is_running()).count();
     assert!(living > 0, "none carries the long-lived connections");
     drop(traffic);

@@ -1,0 +1,45 @@
+//! The tests that ARCHITECTURE.md names for what is promised are there.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// The Rust files below a folder.
+fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+#[test]
+fn each_promise_names_tests_that_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let text = fs::read_to_string(root.join("ARCHITECTURE.md")).unwrap();
+    let (_, section) = text.split_once("## What is promised").unwrap();
+    let section = section.split("\n## ").next().unwrap();
+    let mut files = Vec::new();
+    for folder in ["tests/tests", "agent/src", "common/src"] {
+        sources(&root.join(folder), &mut files);
+    }
+    let (mut file, mut named) = (String::new(), 0);
+    // What stands between backticks: a file, then tests in it.
+    for word in section.split('`').skip(1).step_by(2) {
+        if Path::new(word).extension().is_some() {
+            let found = files.iter().find(|path| path.ends_with(word));
+            let found = found.unwrap_or_else(|| panic!("no file {word}"));
+            file = fs::read_to_string(found).unwrap();
+        } else if word.contains('_') {
+            assert!(file.contains(&format!("fn {word}(")), "no test {word}");
+            named += 1;
+        }
+    }
+    assert!(named > 50, "{named} tests are named");
+}

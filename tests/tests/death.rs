@@ -142,15 +142,12 @@ impl World {
 fn a_killed_agents_closed_pods_are_refused_reset_and_unheard_and_served_by_the_next() {
     let mut world = World::new("");
     world.kill_in_traffic(Fate::Refused);
-    let began = Instant::now();
     let node = Arc::clone(&world.a);
     world.bed.start_agent(&node).unwrap();
     for (number, pod) in world.pods.iter().enumerate() {
         let served = || pod.caller().saying(NEW).call(world.address(number)) == Fate::Echoed;
-        eventually("a pod to be served", MESHED, served).unwrap();
+        eventually("a pod to be served", LIMIT, served).unwrap();
     }
-    println!("{PODS} pods were served after {:?}", began.elapsed());
-    assert!(began.elapsed() < MESHED);
     let metrics = world.bed.agent(&node).metrics().unwrap();
     assert!(metrics.syns("outbound", "refused", "no_agent") >= 20.0);
 }

@@ -17,19 +17,21 @@ use malla_common::{Counter, MAX_WORKERS, Outcome};
 use socket2::{Domain, Socket, Type};
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::{oneshot, watch},
+    sync::{mpsc, oneshot, watch},
     time::{Instant, MissedTickBehavior},
 };
 
 use crate::{
+    config,
     discovery::{self, Discovery},
     identity::{Certificates, EmbeddedAuthority},
     model::{Mesh, Node},
     pods::Pods,
     proxy::{Shared, Workers},
+    reconcile::{Reconciler, Served},
     report::Report,
     steer::{AUDIT_INTERVAL, EbpfLog, EventReceiver, Steering, TcMethod},
-    telemetry::{self, KernelCount, Metrics, Readiness, ReadinessTask},
+    telemetry::{self, Admin, KernelCount, Metrics, Readiness, ReadinessTask},
 };
 
 /// Port of metrics and probes, on the node's addresses. Linkerd's.
@@ -90,24 +92,28 @@ pub async fn run(options: Options, metrics: Arc<Metrics>) -> anyhow::Result<()> 
         options.takeover,
     )?;
     let readiness = Readiness::default();
+    let folder = config::Folder::open(&node.runtime)?;
     let mut agent = Agent::start(
         &options, &discovery, &node, steering, workers, metrics, &readiness,
     )?;
     let (charge, in_charge) = oneshot::channel();
-    let mut admin: Admin = Box::pin(serve_admin(
+    let (asker, requests) = config::requests();
+    let admin = Admin::new(Arc::clone(&agent.shared.metrics), readiness);
+    let mut admin: Serving = Box::pin(serve_admin(
         node.addresses.clone(),
-        Arc::clone(&agent.shared.metrics),
-        readiness,
+        folder,
+        asker,
+        admin,
         in_charge,
     ));
     tokio::select! {
         error = &mut admin => match error? {},
-        result = agent.follow(mesh, events, charge) => result?,
+        result = agent.follow(mesh, events, requests, charge) => result?,
         _ = terminate.recv() => agent.wait_for_successor().await,
         _ = interrupt.recv() => {}
     }
     if !agent.pods.steering.is_in_charge() {
-        // Metrics and probes are the successor's.
+        // Metrics, probes and configuration are the successor's.
         admin = Box::pin(std::future::pending());
     }
     tokio::select! {
@@ -126,20 +132,30 @@ struct Agent {
     status: watch::Receiver<discovery::Status>,
     steered: ReadinessTask,
     report: Report,
+    mesh_status: config::MeshStatus,
+    reconciler: Reconciler,
 }
 
-type Admin = Pin<Box<dyn Future<Output = anyhow::Result<Infallible>>>>;
+type Serving = Pin<Box<dyn Future<Output = anyhow::Result<Infallible>>>>;
 
-/// Serves metrics and probes. While another agent is in charge they are its own.
+/// Serves metrics, probes and configuration. While another agent is in charge they are its own.
 async fn serve_admin(
     addresses: Vec<IpAddr>,
-    metrics: Arc<Metrics>,
-    readiness: Readiness,
+    folder: config::Folder,
+    asker: config::Asker,
+    admin: Admin,
     in_charge: oneshot::Receiver<()>,
 ) -> anyhow::Result<Infallible> {
     let _ = in_charge.await;
-    let admin = telemetry::serve_admin(admin_listeners(&addresses)?, metrics, readiness);
-    Ok(admin.await?)
+    let path = folder.socket_path().display();
+    let listener = folder
+        .listen()
+        .with_context(|| format!("can't serve the configuration at {path}"))?;
+    tracing::info!(socket = %path, "the configuration is at /config");
+    tokio::select! {
+        error = config::serve(listener, asker, &admin) => Ok(error?),
+        error = admin.serve(admin_listeners(&addresses)?) => Ok(error?),
+    }
 }
 
 impl Agent {
@@ -178,6 +194,8 @@ impl Agent {
             .map(|_| steering.worker_handles())
             .collect::<Result<Vec<_>, _>>()?;
         let workers = Workers::start(&shared, handles)?;
+        let reconciler = Reconciler::new(Arc::clone(&shared.metrics))
+            .context("can't read the agent's own descriptors")?;
         tracing::info!(node = node.name, config = %options.config.display(), "the agent is up");
         Ok(Self {
             node: options.node.clone(),
@@ -192,6 +210,8 @@ impl Agent {
             status: discovery.status(),
             steered,
             report,
+            mesh_status: config::MeshStatus::new(options.config.clone()),
+            reconciler,
         })
     }
 
@@ -201,6 +221,7 @@ impl Agent {
         &mut self,
         mut mesh: watch::Receiver<Arc<Mesh>>,
         mut events: EventReceiver,
+        mut requests: mpsc::Receiver<config::Request>,
         charge: oneshot::Sender<()>,
     ) -> anyhow::Result<()> {
         let mut current = Arc::clone(&mesh.borrow_and_update());
@@ -237,9 +258,11 @@ impl Agent {
                 }
                 changed = status.changed() => {
                     changed.context("discovery ended")?;
-                    let refused = status.borrow_and_update().refusal.is_some();
-                    self.shared.metrics.discovery_reload(!refused);
+                    let status = status.borrow_and_update().clone();
+                    self.mesh_status.heard(&status);
+                    self.shared.metrics.discovery_reload(status.refusal.is_none());
                 }
+                Some(request) = requests.recv() => self.tell(request),
                 _ = look.tick() => self.pods.look_after(&current).await,
                 _ = report.tick() => self.report(),
                 event = events.next() => {
@@ -284,6 +307,27 @@ impl Agent {
         self.report.certificates(&self.shared.certificates);
         self.report.degraded(self.pods.enrolments());
         self.report.cgroup(&self.pods.steering);
+        self.reconciler.look(|| served(&self.pods));
+    }
+
+    /// Answers with the configuration, off this task.
+    fn tell(&self, request: config::Request) {
+        let served = served(&self.pods);
+        let sections = config::Sections::new(
+            self.node.clone(),
+            self.mesh_status.clone(),
+            config::certificates(&self.shared.certificates),
+            &self.pods,
+            served.clone(),
+        );
+        let tunnels = self.pods.workers.tunnels();
+        let account = self.reconciler.account(served);
+        let age = self.reconciler.persistence();
+        tokio::spawn(async move {
+            let (tunnels, account) = tokio::join!(tunnels, account);
+            // Who asked may be gone.
+            let _ = request.send(sections.complete(&tunnels, account, age));
+        });
     }
 
     /// Told to end while another agent is starting to take over, this one serves until then.
@@ -347,6 +391,17 @@ async fn sleep_until(time: Option<Instant>) {
         Some(time) => tokio::time::sleep_until(time).await,
         None => std::future::pending().await,
     }
+}
+
+/// The pods that sockets are held of.
+fn served(pods: &Pods) -> Vec<Served> {
+    pods.all()
+        .map(|pod| Served {
+            workload: pod.workload.id.clone(),
+            pod: Arc::clone(pod.enrolment.pod()),
+            tasks: pod.connections.tasks(),
+        })
+        .collect()
 }
 
 fn kernel_count(counter: Counter, value: u64) -> KernelCount {

@@ -2,11 +2,14 @@
 
 mod agent;
 mod cli;
+mod config;
 mod discovery;
 mod identity;
+mod ledger;
 mod model;
 mod pods;
 mod proxy;
+mod reconcile;
 mod report;
 mod steer;
 mod telemetry;

@@ -40,6 +40,15 @@ pub struct Pods {
     touched: HashSet<Event>,
 }
 
+/// A pod that is enrolled, as others may know it.
+pub struct EnrolledPod<'a> {
+    pub workload: &'a Arc<Workload>,
+    pub enrolment: &'a Enrolment,
+    pub connections: &'a PodConnections,
+    /// When its withdrawal ends at the latest, where it is leaving.
+    pub leaves: Option<Instant>,
+}
+
 struct Enrolled {
     workload: Arc<Workload>,
     enrolment: Enrolment,
@@ -69,6 +78,26 @@ impl Pods {
 
     pub fn enrolments(&self) -> impl Iterator<Item = &Enrolment> {
         self.enrolled.values().map(|pod| &pod.enrolment)
+    }
+
+    /// The pods whose connections go on: in the mesh, or leaving it.
+    pub fn all(&self) -> impl Iterator<Item = EnrolledPod<'_>> {
+        let enrolled = self.enrolled.values().map(|pod| (pod, None));
+        let leaving = self.leaving.values().map(|(pod, end)| (pod, Some(*end)));
+        enrolled.chain(leaving).map(|(pod, leaves)| EnrolledPod {
+            workload: &pod.workload,
+            enrolment: &pod.enrolment,
+            connections: &pod.connections,
+            leaves,
+        })
+    }
+
+    /// Workloads that can't be enrolled, and why.
+    pub fn refused(&self) -> impl Iterator<Item = (&WorkloadId, &str)> {
+        self.failed.iter().map(|(id, said)| match said.as_str() {
+            "" => (id, "its netns is gone"),
+            said => (id, said),
+        })
     }
 
     /// Takes away what earlier agents left of workloads that aren't this node's any more.

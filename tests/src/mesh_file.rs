@@ -51,6 +51,8 @@ pub(crate) fn write<'a>(
         line(&mut text, &format!("  addresses: [\"{v4}\", \"{v6}\"]"));
         line(&mut text, &format!("  cgroup: {}", node.cgroup().display()));
         line(&mut text, &format!("  bpffs: {}", node.bpffs().display()));
+        let runtime = node.runtime_folder();
+        line(&mut text, &format!("  runtime: {}", runtime.display()));
     }
     if !mesh.namespaces.is_empty() {
         text.push_str("namespaces:\n");

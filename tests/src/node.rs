@@ -7,7 +7,8 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
 use crate::{
     cgroup,
@@ -19,6 +20,9 @@ use crate::{
 
 /// The port of an agent's metrics and probes.
 pub(crate) const ADMIN_PORT: u16 = 4191;
+
+/// How long an agent may take to answer with its configuration.
+const CONFIG_LIMIT: Duration = Duration::from_secs(10);
 
 /// A node of a bed.
 #[derive(Debug)]
@@ -133,6 +137,11 @@ impl Node {
         &self.bpffs
     }
 
+    /// The folder of the agent's unix socket.
+    pub fn runtime_folder(&self) -> PathBuf {
+        self.place.folder.join(format!("run-{}", self.name))
+    }
+
     /// Where the node's agent pins a map. Panics where none has run yet.
     pub fn pinned_map(&self, name: &str) -> PathBuf {
         let maps = self.bpffs().join("maps");
@@ -157,6 +166,23 @@ impl Node {
     pub fn get(&self, path: &str) -> Result<Response> {
         let address = SocketAddr::new(self.addresses()[0], ADMIN_PORT);
         self.enter(|| http::get(address, path, Duration::from_secs(2)))
+    }
+
+    /// Where the node's agent has its unix socket.
+    pub fn config_socket(&self) -> PathBuf {
+        self.runtime_folder().join("agent.sock")
+    }
+
+    /// What the agent says in `/config`.
+    pub fn config(&self) -> Result<Value> {
+        let response = http::get_unix(&self.config_socket(), "/config", CONFIG_LIMIT)?;
+        ensure!(
+            response.status == 200,
+            "/config answered {}: {}",
+            response.status,
+            response.body
+        );
+        Ok(serde_json::from_str(&response.body)?)
     }
 
     pub(crate) fn place(&self) -> &Place {

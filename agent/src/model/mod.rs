@@ -110,6 +110,8 @@ pub struct Node {
     pub cgroup: PathBuf,
     /// Folder on a bpffs where links and maps are pinned, one for each node.
     pub bpffs: PathBuf,
+    /// Folder of the agent's unix socket, one for each node.
+    pub runtime: PathBuf,
 }
 
 /// Namespace and name of a workload (a pod): unique in the mesh.

@@ -4,10 +4,10 @@ use std::{net::IpAddr, time::Duration};
 
 use ipnet::IpNet;
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// What a meshed pod does with clients that have no identity.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum MtlsMode {
     /// Plaintext clients reach the app.
@@ -18,7 +18,7 @@ pub enum MtlsMode {
 }
 
 /// What becomes of new connections while no agent lives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum FailMode {
     /// They are refused at once.
@@ -29,7 +29,7 @@ pub enum FailMode {
 }
 
 /// What becomes of connections from sockets that aren't in the pod's own netns.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum NestedMode {
     #[default]
@@ -38,7 +38,7 @@ pub enum NestedMode {
 }
 
 /// What becomes of an interface that can't be steered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum InterfaceMode {
     /// It is set down.

@@ -5,11 +5,12 @@ use std::{io, net::TcpListener as StdListener, rc::Rc, time::Duration};
 use futures_util::FutureExt;
 use tokio::net::{TcpListener, TcpStream};
 
-use super::{
-    inbound, outbound,
-    worker::{PodContext, Worker},
+use super::{inbound, outbound, pod::PodContext, worker::Worker};
+use crate::{
+    ledger::{Accounted, Kind},
+    steer::PodListeners,
+    telemetry::Role,
 };
-use crate::{steer::PodListeners, telemetry::Role};
 use malla_common::Role as Listener;
 
 /// Pause after an error that only time or closed connections can mend; the next ones are twice as
@@ -28,7 +29,14 @@ pub(super) fn serve(worker: &Rc<Worker>, pod: &Rc<PodContext>, listeners: PodLis
     }
 }
 
-async fn listen(worker: Rc<Worker>, pod: Rc<PodContext>, role: Listener, listener: StdListener) {
+async fn listen(
+    worker: Rc<Worker>,
+    pod: Rc<PodContext>,
+    role: Listener,
+    listener: Accounted<StdListener>,
+) {
+    let (mut entry, listener) = listener.into_parts();
+    entry.belongs_to(pod.pod.id);
     let listener = match TcpListener::from_std(listener) {
         Ok(listener) => listener,
         Err(error) => {
@@ -70,6 +78,12 @@ fn last(worker: &Rc<Worker>, pod: &Rc<PodContext>, role: Listener, listener: &Tc
 
 fn start(worker: &Rc<Worker>, pod: &Rc<PodContext>, role: Listener, stream: TcpStream) {
     let (worker, context) = (Rc::clone(worker), Rc::clone(pod));
+    let kind = match role {
+        Listener::Outbound => Kind::AppOutbound,
+        Listener::Inbound => Kind::PlaintextInbound,
+        Listener::Mesh => Kind::Handshake,
+    };
+    let stream = Accounted::new(stream, pod.pod.id, kind);
     match role {
         Listener::Outbound => pod.spawn(outbound::serve(worker, context, stream)),
         Listener::Inbound => pod.spawn(inbound::serve_plaintext(worker, context, stream)),

@@ -10,10 +10,7 @@ use rustls::pki_types::CertificateDer;
 use tokio::task::AbortHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::{
-    relay::End,
-    worker::{PodContext, Worker},
-};
+use super::{pod::PodContext, relay::End, worker::Worker};
 use crate::telemetry::Failure;
 
 /// Why what a tunnel carries ends with it.

@@ -16,13 +16,16 @@ use super::{
     coalesce::{Coalescing, Flusher, coalescing},
     cut::{self, Cause},
     handshakes, hbone,
+    pod::{Admitted, PodContext},
     record::{Ends, Record},
     relay::{self, Side},
     tunnel,
-    worker::{Admitted, PodContext, Worker},
+    tunnels::{OpenTunnel, TunnelState},
+    worker::Worker,
 };
 use crate::{
     identity::{peer_identity, reason_of},
+    ledger::{Accounted, Kind},
     model::{MtlsMode, SpiffeId, Workload},
     steer::{DialError, to_app},
     telemetry::{ConnectionLabels, Direction, Failure, NoTls, Security},
@@ -32,7 +35,7 @@ use crate::{
 pub(super) async fn serve_plaintext(
     worker: Rc<Worker>,
     pod: Rc<PodContext>,
-    mut client: TcpStream,
+    mut client: Accounted<TcpStream>,
 ) {
     let _live = worker.count_live();
     let (Ok(source), Ok(destination)) = (client.peer_addr(), client.local_addr()) else {
@@ -83,7 +86,11 @@ pub(super) async fn serve_plaintext(
 }
 
 /// A tunnel from another agent, with all connections in it.
-pub(super) async fn serve_mesh(worker: Rc<Worker>, pod: Rc<PodContext>, socket: TcpStream) {
+pub(super) async fn serve_mesh(
+    worker: Rc<Worker>,
+    pod: Rc<PodContext>,
+    socket: Accounted<TcpStream>,
+) {
     let (Ok(peer), Ok(local)) = (socket.peer_addr(), socket.local_addr()) else {
         return;
     };
@@ -100,17 +107,21 @@ pub(super) async fn serve_mesh(worker: Rc<Worker>, pod: Rc<PodContext>, socket: 
         Ok(shaken) => shaken,
         Err(reason) => return worker.refuse(Direction::Inbound, peer, local, reason),
     };
+    let identity = Arc::new(identity);
+    let known = Arc::clone(&identity);
+    let (state, listed) = TunnelState::open(&worker, Direction::Inbound, pod.pod.id, peer, known);
     let tunnel = Rc::new(InboundTunnel {
         worker,
         pod,
         peer,
         local,
-        identity: Arc::new(identity),
+        identity,
+        state,
         cause: Cause::default(),
     });
     let ended = CancellationToken::new();
     let guard = ended.clone().drop_guard();
-    let serving = Rc::clone(&tunnel).serve(connection, (guard, admitted));
+    let serving = Rc::clone(&tunnel).serve(connection, (guard, admitted, listed));
     let Some(task) = tunnel.pod.spawn(serving) else {
         return;
     };
@@ -133,7 +144,7 @@ type Chain = Vec<CertificateDer<'static>>;
 async fn shake_hands(
     worker: &Rc<Worker>,
     pod: &Rc<PodContext>,
-    socket: TcpStream,
+    socket: Accounted<TcpStream>,
     peer: SocketAddr,
 ) -> Result<(SpiffeId, Chain, Connection), Reason> {
     let _slot = worker
@@ -145,7 +156,7 @@ async fn shake_hands(
         .server_config(&pod.workload().identity)
         .map_err(|_| Reason::NoIdentity)?;
     let handshake = async {
-        let tls = TlsAcceptor::from(config)
+        let mut tls = TlsAcceptor::from(config)
             .accept(tunnel::Socket::new(socket))
             .await
             .map_err(|error| reason_of(&error, TlsSide::Server))?;
@@ -158,6 +169,7 @@ async fn shake_hands(
         {
             return Err(Reason::IdentityMismatch);
         }
+        tls.get_mut().0.turn_into(Kind::TunnelInbound);
         let (stream, flusher) = coalescing(tls);
         let opening = h2::server::Builder::new()
             .initial_window_size(hbone::STREAM_WINDOW)
@@ -186,12 +198,17 @@ struct InboundTunnel {
     peer: SocketAddr,
     local: SocketAddr,
     identity: Arc<SpiffeId>,
+    state: Rc<TunnelState>,
     cause: Cause,
 }
 
 impl InboundTunnel {
     /// Serves its connections until its end, which dropping what is `held` tells.
-    async fn serve(self: Rc<Self>, mut connection: Connection, held: (DropGuard, Admitted)) {
+    async fn serve(
+        self: Rc<Self>,
+        mut connection: Connection,
+        held: (DropGuard, Admitted, OpenTunnel),
+    ) {
         let _held = held;
         let _live = self.worker.count_live();
         let _open = self.worker.metrics().tunnel_opened(Direction::Inbound);
@@ -241,6 +258,7 @@ impl InboundTunnel {
     /// One connection: check, dial, answer, relay, record.
     async fn carry(self: Rc<Self>, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
         let _live = self.worker.count_live();
+        let _stream = self.state.stream();
         let destination = match self.destination(&request) {
             Ok(destination) => destination,
             Err(refusal) => {
@@ -332,11 +350,11 @@ async fn dial(
     workload: &Workload,
     client: SocketAddr,
     destination: SocketAddr,
-) -> Result<TcpStream, DialError> {
+) -> Result<Accounted<TcpStream>, DialError> {
     let limit = workload.settings.mesh_connect_timeout;
     let dialled = to_app(&pod.pod, &worker.own_dial, client.ip(), destination, limit).await?;
     if dialled.source_replaced {
         worker.metrics().source_replaced();
     }
-    Ok(dialled.stream)
+    Ok(dialled.stream.turned_into(Kind::AppInbound))
 }

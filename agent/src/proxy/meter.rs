@@ -4,6 +4,8 @@ use std::{fs::File, os::unix::fs::FileExt, time::Duration};
 
 use nix::time::{ClockId, clock_gettime};
 
+use crate::ledger::{Accounted, Kind};
+
 /// Time of a thread since it began.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Used {
@@ -17,13 +19,14 @@ pub(super) struct Used {
 #[derive(Debug)]
 pub(super) struct Meter {
     /// `schedstat(5)` of the thread; absent in a kernel that keeps none.
-    schedule: Option<File>,
+    schedule: Option<Accounted<File>>,
 }
 
 impl Meter {
     pub(super) fn of_this_thread() -> Self {
+        let schedule = File::open("/proc/thread-self/schedstat").ok();
         Self {
-            schedule: File::open("/proc/thread-self/schedstat").ok(),
+            schedule: schedule.map(|file| Accounted::new(file, 0, Kind::Meter)),
         }
     }
 

@@ -14,17 +14,21 @@ mod inbound;
 mod load;
 mod meter;
 mod outbound;
+mod pod;
 mod pool;
 mod record;
 mod refusals;
 mod relay;
 mod tunnel;
+mod tunnels;
 mod turns;
 mod worker;
 
 use std::net::SocketAddr;
 
-pub use worker::{PodConnections, Shared, Workers};
+pub use pod::PodConnections;
+pub use tunnels::Tunnel;
+pub use worker::{Shared, Workers};
 
 /// The address in the form that discovery has: a socket for both families gives IPv4 ones mapped.
 fn canonical(address: SocketAddr) -> SocketAddr {

@@ -10,13 +10,16 @@ use malla_common::{Flow, Reason};
 use tokio::net::TcpStream;
 
 use super::{
-    canonical, hbone, pool,
+    canonical, hbone,
+    pod::PodContext,
+    pool,
     record::{Ends, Record},
     relay::{self, Side},
     tunnel::OpenError,
-    worker::{PodContext, Worker},
+    worker::Worker,
 };
 use crate::{
+    ledger::{Accounted, Kind},
     model::{Mesh, Workload, ports},
     steer::to_network,
     telemetry::{ConnectionLabels, Direction, Failure, NoTls, Security},
@@ -34,7 +37,11 @@ enum Route {
 }
 
 /// Accept, resolve, connect, relay, record.
-pub(super) async fn serve(worker: Rc<Worker>, pod: Rc<PodContext>, mut client: TcpStream) {
+pub(super) async fn serve(
+    worker: Rc<Worker>,
+    pod: Rc<PodContext>,
+    mut client: Accounted<TcpStream>,
+) {
     let _live = worker.count_live();
     // A connection that its client reset before it was accepted has no ends.
     let (Ok(source), Ok(destination)) = (client.peer_addr(), client.local_addr()) else {
@@ -208,9 +215,10 @@ async fn plain(
 ) -> Result<(), Failure> {
     let settings = &pod.workload().settings;
     let limit = settings.connect_timeout;
-    let mut server = to_network(&pod.pod.netns, &pod.pod.home, destination, limit)
+    let server = to_network(&pod.pod, destination, limit)
         .await
         .map_err(|error| Failure::from(error.reason()))?;
+    let mut server = server.turned_into(Kind::PlaintextOutbound);
     record.dialled();
     relay::tcp(
         &worker.buffers,

@@ -13,8 +13,9 @@ use tokio::sync::oneshot;
 
 use super::{
     hbone,
+    pod::PodContext,
     tunnel::{self, Lease, Tunnel},
-    worker::{PodContext, Worker},
+    worker::Worker,
 };
 use crate::{model::SpiffeId, telemetry::Failure};
 

@@ -4,7 +4,7 @@ use std::{cell::Cell, net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
 
 use malla_common::Reason;
 
-use super::worker::{PodContext, Worker};
+use super::{pod::PodContext, worker::Worker};
 use crate::{
     model::Workload,
     telemetry::{

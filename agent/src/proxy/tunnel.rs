@@ -6,6 +6,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     pin::Pin,
     rc::Rc,
+    sync::Arc,
     task::{Context, Poll},
     time::{Duration, Instant},
 };
@@ -28,11 +29,14 @@ use super::{
     coalesce::coalescing,
     cut::{self, Cause},
     handshakes, hbone,
+    pod::PodContext,
     relay::End,
-    worker::{PodContext, Worker},
+    tunnels::{Stream, TunnelState},
+    worker::Worker,
 };
 use crate::{
     identity::reason_of,
+    ledger::{Accounted, Entry, Kind},
     model::{SpiffeId, ports},
     steer::{end_orderly, to_network},
     telemetry::{Direction, Failure},
@@ -52,7 +56,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// A tunnel that streams can be opened in.
 pub(super) struct Tunnel {
     requests: SendRequest<Bytes>,
-    streams: Cell<usize>,
+    state: Rc<TunnelState>,
     /// Fewer streams than the peer said, where it has refused one.
     refused_above: Cell<usize>,
     idle_since: Cell<Instant>,
@@ -63,12 +67,14 @@ pub(super) struct Tunnel {
 }
 
 /// A stream's place in its tunnel.
-pub(super) struct Lease(Rc<Tunnel>);
+pub(super) struct Lease {
+    tunnel: Rc<Tunnel>,
+    _stream: Stream,
+}
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.0.streams.set(self.0.streams.get() - 1);
-        self.0.idle_since.set(Instant::now());
+        self.tunnel.idle_since.set(Instant::now());
     }
 }
 
@@ -93,11 +99,13 @@ impl Tunnel {
     /// no more.
     pub(super) fn lease(self: &Rc<Self>, limit: usize) -> Option<Lease> {
         let limit = limit.min(self.max_streams()).min(self.refused_above.get());
-        if self.is_ended() || self.streams.get() >= limit {
+        if self.is_ended() || self.state.streams.get() >= limit {
             return None;
         }
-        self.streams.set(self.streams.get() + 1);
-        Some(Lease(Rc::clone(self)))
+        Some(Lease {
+            tunnel: Rc::clone(self),
+            _stream: self.state.stream(),
+        })
     }
 
     /// How many streams the peer allows, once its SETTINGS have come.
@@ -111,7 +119,7 @@ impl Tunnel {
 
     /// Whether no stream has used it for `limit`.
     pub(super) fn is_unused_for(&self, limit: Duration) -> bool {
-        self.streams.get() == 0 && self.idle_since.get().elapsed() >= limit
+        self.state.streams.get() == 0 && self.idle_since.get().elapsed() >= limit
     }
 }
 
@@ -122,10 +130,16 @@ impl Lease {
         request: Request<()>,
     ) -> Result<(SendStream<Bytes>, RecvStream), OpenError> {
         let answer = async {
-            let mut requests = self.0.requests.clone().ready().await.map_err(|error| {
-                self.0.closing.set(true);
-                self.unanswered(&error)
-            })?;
+            let mut requests = self
+                .tunnel
+                .requests
+                .clone()
+                .ready()
+                .await
+                .map_err(|error| {
+                    self.tunnel.closing.set(true);
+                    self.unanswered(&error)
+                })?;
             let (response, send) = requests
                 .send_request(request, false)
                 .map_err(|error| self.unanswered(&error))?;
@@ -146,23 +160,23 @@ impl Lease {
     /// §8.7).
     fn unanswered(&self, error: &h2::Error) -> OpenError {
         if !error.is_reset() {
-            return OpenError::Again(self.0.cause.reason());
+            return OpenError::Again(self.tunnel.cause.reason());
         }
         if error.reason() != Some(H2Reason::REFUSED_STREAM) {
             return OpenError::Failed(Reason::PeerRefused);
         }
         // This stream still counts, and all above the peer's limit are refused one by one.
-        let others = self.0.streams.get() - 1;
-        self.0.refused_above.set(others);
+        let others = self.tunnel.state.streams.get() - 1;
+        self.tunnel.refused_above.set(others);
         if others == 0 {
-            self.0.closing.set(true);
+            self.tunnel.closing.set(true);
         }
         OpenError::Again(Reason::PeerRefused)
     }
 
     /// How a connection in this place failed.
     pub(super) fn failed(&self, end: End) -> Failure {
-        self.0.cause.of(end)
+        self.tunnel.cause.of(end)
     }
 }
 
@@ -180,18 +194,20 @@ pub(super) async fn open(
         .map_err(|_| Reason::NoIdentity)?;
     let address = SocketAddr::new(destination, ports::MESH);
     let limit = workload.settings.mesh_connect_timeout;
-    let socket = to_network(&pod.pod.netns, &pod.pod.home, address, limit)
+    let socket = to_network(&pod.pod, address, limit)
         .await
-        .map_err(|error| error.reason())?;
+        .map_err(|error| error.reason())?
+        .turned_into(Kind::Handshake);
 
     let handshake = async {
         let name = ServerName::IpAddress(destination.into());
-        let tls = TlsConnector::from(config)
+        let mut tls = TlsConnector::from(config)
             .connect(name, Socket::new(socket))
             .await
             .map_err(|error| reason_of(&error, Side::Client))?;
         let chain = tls.get_ref().1.peer_certificates().unwrap_or_default();
         let chain = chain.to_vec();
+        tls.get_mut().0.turn_into(Kind::TunnelOutbound);
         let (stream, flusher) = coalescing(tls);
         let (requests, connection) = h2::client::Builder::new()
             .enable_push(false)
@@ -222,10 +238,13 @@ pub(super) async fn open(
     let ended = CancellationToken::new();
     let pings = connection.ping_pong();
     let open = worker.metrics().tunnel_opened(Direction::Outbound);
+    let identity = Arc::new(expected.clone());
+    let (state, listed) =
+        TunnelState::open(worker, Direction::Outbound, pod.pod.id, address, identity);
     let guard = ended.clone().drop_guard();
     let task = pod.spawn(async move {
         let _ended = guard;
-        let _open = open;
+        let _open = (open, listed);
         tokio::select! {
             biased;
             result = flusher.after(|cx| Pin::new(&mut connection).poll(cx)) => if let Err(error) = result {
@@ -239,7 +258,7 @@ pub(super) async fn open(
     cut::when_revoked(worker, pod, (address, chain), task, &cause, ended.clone());
     Ok(Rc::new(Tunnel {
         requests,
-        streams: Cell::new(0),
+        state,
         refused_above: Cell::new(usize::MAX),
         idle_since: Cell::new(Instant::now()),
         ended,
@@ -266,14 +285,24 @@ pub(super) async fn unanswered(pings: Option<h2::PingPong>) {
 
 /// The socket of a tunnel: read in large pieces, and closed in good order, since what ends with it
 /// has been told to each stream.
-pub(super) struct Socket(BufReader<TcpStream>);
+pub(super) struct Socket {
+    entry: Entry,
+    stream: BufReader<TcpStream>,
+}
 
 impl Socket {
-    pub(super) fn new(stream: TcpStream) -> Self {
+    pub(super) fn new(stream: Accounted<TcpStream>) -> Self {
+        let (entry, stream) = stream.into_parts();
         end_orderly(&stream);
         // The reader is an agent, which always reads. Fails only where the kernel is too old for it.
         let _ = SockRef::from(&stream).set_tcp_user_timeout(Some(USER_TIMEOUT));
-        Self(BufReader::with_capacity(READ_BUFFER, stream))
+        let stream = BufReader::with_capacity(READ_BUFFER, stream);
+        Self { entry, stream }
+    }
+
+    /// What it is for from now on.
+    pub(super) fn turn_into(&mut self, kind: Kind) {
+        self.entry.turn_into(kind);
     }
 }
 
@@ -283,7 +312,7 @@ impl AsyncRead for Socket {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buffer)
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
 
@@ -293,7 +322,7 @@ impl AsyncWrite for Socket {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(self.0.get_mut()).poll_write(cx, bytes)
+        Pin::new(self.stream.get_mut()).poll_write(cx, bytes)
     }
 
     fn poll_write_vectored(
@@ -301,7 +330,7 @@ impl AsyncWrite for Socket {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(self.0.get_mut()).poll_write_vectored(cx, slices)
+        Pin::new(self.stream.get_mut()).poll_write_vectored(cx, slices)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -313,6 +342,6 @@ impl AsyncWrite for Socket {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(self.0.get_mut()).poll_shutdown(cx)
+        Pin::new(self.stream.get_mut()).poll_shutdown(cx)
     }
 }

@@ -19,19 +19,20 @@ use aya::maps::{Array, HashMap as BpfHashMap, MapData};
 use malla_common::{Flow, Reason, WorkerLoad};
 use tokio::{
     runtime::{self, LocalOptions, LocalRuntime},
-    sync::{mpsc, watch},
-    task::{AbortHandle, spawn_local},
+    sync::{mpsc, oneshot, watch},
+    task::spawn_local,
 };
-use tokio_util::sync::CancellationToken;
 
 use super::{
     accept,
     buffers::Buffers,
     handshakes::Handshakes,
     load::{self, Board, InboundTunnels},
+    pod::{PodConnections, PodContext},
     pool::Pool,
     refusals::Refusals,
-    turns::{Tasks, Turns},
+    tunnels::{Tunnel, Tunnels},
+    turns::Turns,
 };
 use crate::{
     identity::Certificates,
@@ -63,7 +64,7 @@ enum Command {
         pod: Arc<Pod>,
         workload: Arc<Workload>,
         listeners: PodListeners,
-        open: Arc<AtomicU32>,
+        counts: PodConnections,
     },
     Update {
         workload: Arc<Workload>,
@@ -81,16 +82,9 @@ enum Command {
     Leave {
         grace: Duration,
     },
-}
-
-/// The connections and tunnels of a pod that live, on all workers.
-#[derive(Debug)]
-pub struct PodConnections(Arc<AtomicU32>);
-
-impl PodConnections {
-    pub fn count(&self) -> u32 {
-        self.0.load(Ordering::Relaxed)
-    }
+    ListTunnels {
+        told: oneshot::Sender<Vec<Tunnel>>,
+    },
 }
 
 impl Workers {
@@ -143,20 +137,20 @@ impl Workers {
         workload: &Arc<Workload>,
         listeners: Vec<PodListeners>,
     ) -> PodConnections {
-        let open = Arc::<AtomicU32>::default();
+        let counts = PodConnections::default();
         for (worker, listeners) in self.commands.iter().zip(listeners) {
             let (pod, workload) = (Arc::clone(pod), Arc::clone(workload));
-            let open = Arc::clone(&open);
+            let counts = counts.clone();
             let _ = worker
                 .send(Command::Add {
                     pod,
                     workload,
                     listeners,
-                    open,
+                    counts,
                 })
                 .await;
         }
-        PodConnections(open)
+        counts
     }
 
     /// Puts a workload's changed settings in force for its next connections.
@@ -201,6 +195,21 @@ impl Workers {
         }
     }
 
+    /// The tunnels that are open, over all workers.
+    pub fn tunnels(&self) -> impl Future<Output = Vec<Tunnel>> + Send + use<> {
+        let workers = self.commands.clone();
+        async move {
+            let mut tunnels = Vec::new();
+            for worker in workers {
+                let (told, tells) = oneshot::channel();
+                // Fails only with the worker, which then has none.
+                let _ = worker.send(Command::ListTunnels { told }).await;
+                tunnels.extend(tells.await.unwrap_or_default());
+            }
+            tunnels
+        }
+    }
+
     /// Connections that live, over all workers.
     pub fn live_connections(&self) -> u32 {
         self.live.load(Ordering::Relaxed)
@@ -228,6 +237,7 @@ pub(super) struct Worker {
     pub(super) pool: Pool,
     pub(super) handshakes: Handshakes,
     pub(super) inbound_tunnels: InboundTunnels,
+    pub(super) tunnels: Tunnels,
     pub(super) board: Arc<Board>,
     refusals: Refusals,
     turns: Turns,
@@ -235,71 +245,6 @@ pub(super) struct Worker {
     connections: Cell<u32>,
     live: Arc<AtomicU32>,
     leaving: Cell<bool>,
-}
-
-/// A pod as one worker serves it.
-pub(super) struct PodContext {
-    pub(super) pod: Arc<Pod>,
-    workload: RefCell<Arc<Workload>>,
-    /// Ends the listeners.
-    accepting: RefCell<CancellationToken>,
-    /// Listeners, connections and tunnels. Dropped when the pod is withdrawn: a token would have to
-    /// be looked at whenever one of them wakes.
-    tasks: Tasks,
-    /// What all workers have accepted for it that lives.
-    open: Arc<AtomicU32>,
-    withdrawn: Cell<bool>,
-    /// It leaves the mesh, or has left.
-    leaving: Cell<bool>,
-}
-
-impl PodContext {
-    /// The workload with the settings that are in force now.
-    pub(super) fn workload(&self) -> Arc<Workload> {
-        Arc::clone(&self.workload.borrow())
-    }
-
-    /// What ends the listeners that serve it now.
-    pub(super) fn accepting(&self) -> CancellationToken {
-        self.accepting.borrow().clone()
-    }
-
-    /// Runs a connection or tunnel of this pod, until its end or the pod's.
-    /// None where the pod has gone already.
-    pub(super) fn spawn(&self, task: impl Future<Output = ()> + 'static) -> Option<AbortHandle> {
-        self.tasks.spawn(task)
-    }
-
-    /// A place for one more connection or tunnel. None when the pod has as many as it may have.
-    pub(super) fn admit(&self) -> Option<Admitted> {
-        let limit = self.workload.borrow().settings.max_connections;
-        let admitted = Admitted(Arc::clone(&self.open));
-        // Counts itself, and goes again where that is one too many.
-        (self.open.fetch_add(1, Ordering::Relaxed) < limit).then_some(admitted)
-    }
-
-    /// Whether its peers are to open no more streams here.
-    pub(super) fn is_leaving(&self) -> bool {
-        self.leaving.get()
-    }
-
-    /// Why a connection of this pod that is cut ends.
-    pub(super) fn cause_of_cut(&self) -> Reason {
-        if self.withdrawn.get() {
-            Reason::Withdrawn
-        } else {
-            Reason::Shutdown
-        }
-    }
-}
-
-/// One of the connections and tunnels that a pod may have.
-pub(super) struct Admitted(Arc<AtomicU32>);
-
-impl Drop for Admitted {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
 }
 
 /// A connection that is counted as this worker's load while it lives.
@@ -397,18 +342,10 @@ impl Worker {
                 pod,
                 workload,
                 listeners,
-                open,
+                counts,
             } => {
                 let id = pod.id;
-                let context = Rc::new(PodContext {
-                    pod,
-                    workload: RefCell::new(workload),
-                    accepting: RefCell::default(),
-                    tasks: self.turns.add(),
-                    open,
-                    withdrawn: Cell::new(false),
-                    leaving: Cell::new(false),
-                });
+                let context = PodContext::new(pod, workload, self.turns.add(), counts);
                 accept::serve(self, &context, listeners);
                 if let Some(old) = self.pods.borrow_mut().insert(id, context) {
                     old.accepting().cancel();
@@ -416,9 +353,8 @@ impl Worker {
             }
             Command::Update { workload } => {
                 for pod in self.pods.borrow().values() {
-                    if pod.workload.borrow().id == workload.id {
-                        *pod.workload.borrow_mut() = Arc::clone(&workload);
-                        pod.leaving.set(false);
+                    if pod.workload().id == workload.id {
+                        pod.update(&workload);
                     }
                 }
             }
@@ -442,6 +378,10 @@ impl Worker {
                 }
             }
             Command::Leave { grace } => self.leave(grace),
+            Command::ListTunnels { told } => {
+                // Who asked may be gone.
+                let _ = told.send(self.tunnels.list());
+            }
         }
     }
 }
@@ -474,6 +414,7 @@ fn run(
         pool: Pool::default(),
         handshakes: Handshakes::default(),
         inbound_tunnels: InboundTunnels::default(),
+        tunnels: Tunnels::default(),
         board,
         refusals: Refusals::default(),
         turns: Turns::default(),

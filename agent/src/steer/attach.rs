@@ -32,6 +32,7 @@ use super::{
     netns::Netns,
     programs::{LOOKUP, Loaded, Programs, ProgramsError, classifier},
 };
+use crate::ledger::{Accounted, Kind};
 
 /// Filters come first, in their own place of the first priority: a restarted agent finds its
 /// predecessor's there.
@@ -120,7 +121,7 @@ pub struct Attacher {
     pub replacing: Arc<tokio::sync::Mutex<()>>,
     /// Links that are pinned, by their pins. They are held as well, so that whoever removes a pin
     /// doesn't open the pod.
-    held: Arc<Mutex<HashMap<PathBuf, OwnedFd>>>,
+    held: Arc<Mutex<HashMap<PathBuf, Accounted<OwnedFd>>>>,
 }
 
 impl Attacher {
@@ -138,7 +139,12 @@ impl Attacher {
         }
     }
 
-    fn held(&self) -> MutexGuard<'_, HashMap<PathBuf, OwnedFd>> {
+    fn hold(&self, pin: &Path, link: OwnedFd) {
+        let link = Accounted::new(link, 0, Kind::Link);
+        self.held().insert(pin.to_owned(), link);
+    }
+
+    fn held(&self) -> MutexGuard<'_, HashMap<PathBuf, Accounted<OwnedFd>>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -205,7 +211,7 @@ impl Attacher {
         }
         let pin = pins.join(format!("{index}_{name}"));
         fs::rename(next, &pin).map_err(|source| pin_error(&pin, source))?;
-        self.held().insert(pin, link);
+        self.hold(&pin, link);
         Ok(())
     }
 
@@ -244,7 +250,7 @@ impl Attacher {
         let old = links::open(pin);
         remove_pin(pin)?;
         links::pin(&link, pin).map_err(|source| pin_error(pin, source))?;
-        self.held().insert(pin.to_owned(), link);
+        self.hold(pin, link);
         if let Ok(old) = old
             && let Err(error) = links::detach(&old)
         {
@@ -267,7 +273,7 @@ impl Attacher {
             link.program == program.id || links::update(pin, &program.fd).is_ok()
         });
         if renewed {
-            self.held().insert(pin.to_owned(), link);
+            self.hold(pin, link);
         }
         Ok(renewed)
     }

@@ -15,10 +15,12 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
 };
 
+use crate::ledger::{Accounted, Kind};
+
 /// From `linux/sock_diag.h` and `net/tcp_states.h`.
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
-const NLM_F_REQUEST: u16 = 1;
-const NLM_F_DUMP: u16 = 0x300;
+pub(super) const NLM_F_REQUEST: u16 = 1;
+pub(super) const NLM_F_DUMP: u16 = 0x300;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const IPPROTO_TCP: u8 = 6;
@@ -26,9 +28,9 @@ const TCP_SYN_RECV: u8 = 3;
 const TCP_TIME_WAIT: u8 = 6;
 const TCP_LISTEN: u8 = 10;
 /// Sizes of `struct nlmsghdr`, `struct inet_diag_req_v2` and `struct inet_diag_msg`.
-const HEADER: usize = 16;
+pub(super) const HEADER: usize = 16;
 const REQUEST: usize = 56;
-const DESCRIPTION: usize = 72;
+pub(super) const DESCRIPTION: usize = 72;
 /// The kernel's largest piece of an answer to a dump.
 const PIECE: usize = 32 << 10;
 
@@ -47,12 +49,13 @@ pub enum Held {
 
 /// A netlink socket in a pod's netns.
 #[derive(Debug)]
-pub struct SocketDiag(Mutex<OwnedFd>);
+pub struct SocketDiag(Mutex<Accounted<OwnedFd>>);
 
 impl SocketDiag {
     /// Opens it in the calling thread's netns.
     pub fn open() -> io::Result<Self> {
-        netlink().map(|fd| Self(Mutex::new(fd)))
+        let socket = Accounted::new(netlink()?, 0, Kind::Netlink);
+        Ok(Self(Mutex::new(socket)))
     }
 
     /// What holds these two ends. [`Held::Connection`] where the kernel can't say: the caller then
@@ -80,23 +83,30 @@ impl SocketDiag {
 pub fn listening_ports() -> io::Result<Vec<u16>> {
     let fd = netlink()?;
     let mut ports = Vec::new();
-    let mut piece = vec![0; PIECE];
     for family in [libc::AF_INET, libc::AF_INET6] {
-        send(
-            fd.as_raw_fd(),
-            &dump_of_listeners(family),
-            MsgFlags::empty(),
-        )?;
-        // The kernel has the first piece ready when the question is sent, and each further one when
-        // it is asked for: this waits for nothing.
-        loop {
-            let length = recv(fd.as_raw_fd(), &mut piece, MsgFlags::empty())?;
-            if read_piece(&piece[..length], &mut ports)? {
-                break;
-            }
-        }
+        dump(&fd, &dump_of_listeners(family), |described| {
+            ports.push(u16::from_be_bytes([described[4], described[5]]));
+        })?;
     }
     Ok(ports)
+}
+
+/// Asks for many sockets; `each` gets what describes one (`struct inet_diag_msg`).
+pub(super) fn dump(
+    fd: &OwnedFd,
+    question: &[u8],
+    mut each: impl FnMut(&[u8; DESCRIPTION]),
+) -> io::Result<()> {
+    send(fd.as_raw_fd(), question, MsgFlags::empty())?;
+    let mut piece = vec![0; PIECE];
+    // The kernel has the first piece ready when the question is sent, and each further one when it
+    // is asked for: this waits for nothing.
+    loop {
+        let length = recv(fd.as_raw_fd(), &mut piece, MsgFlags::empty())?;
+        if read_piece(&piece[..length], &mut each)? {
+            return Ok(());
+        }
+    }
 }
 
 fn dump_of_listeners(family: libc::c_int) -> [u8; HEADER + REQUEST] {
@@ -111,8 +121,8 @@ fn dump_of_listeners(family: libc::c_int) -> [u8; HEADER + REQUEST] {
     bytes
 }
 
-/// Adds the local ports that a piece of a dump describes. Whether it was the last one.
-fn read_piece(mut piece: &[u8], ports: &mut Vec<u16>) -> io::Result<bool> {
+/// Gives away what a piece of a dump describes. Whether it was the last one.
+fn read_piece(mut piece: &[u8], each: &mut impl FnMut(&[u8; DESCRIPTION])) -> io::Result<bool> {
     while let Some((header, _)) = piece.split_first_chunk::<HEADER>() {
         let [l0, l1, l2, l3, k0, k1, ..] = *header;
         let length = u32::from_ne_bytes([l0, l1, l2, l3]) as usize;
@@ -127,10 +137,11 @@ fn read_piece(mut piece: &[u8], ports: &mut Vec<u16>) -> io::Result<bool> {
                     .map_or(0, |code| i32::from_ne_bytes(*code));
                 return Err(io::Error::from_raw_os_error(-code));
             }
-            SOCK_DIAG_BY_FAMILY if message.len() >= DESCRIPTION => {
-                ports.push(u16::from_be_bytes([message[4], message[5]]));
+            _ => {
+                if let Some(described) = message.first_chunk() {
+                    each(described);
+                }
             }
-            _ => {}
         }
         // Messages begin at multiples of four.
         piece = piece.get(length.next_multiple_of(4)..).unwrap_or_default();
@@ -138,7 +149,8 @@ fn read_piece(mut piece: &[u8], ports: &mut Vec<u16>) -> io::Result<bool> {
     Ok(false)
 }
 
-fn netlink() -> io::Result<OwnedFd> {
+/// A socket for questions about the calling thread's netns.
+pub(super) fn netlink() -> io::Result<OwnedFd> {
     Ok(socket(
         AddressFamily::Netlink,
         SockType::Datagram,

@@ -21,9 +21,11 @@ use super::{
     cgroup::CgroupId,
     diag::Held,
     listeners::{relay_options, set_option},
-    netns::Netns,
 };
-use crate::model::Reason;
+use crate::{
+    ledger::{Accounted, Kind},
+    model::Reason,
+};
 
 /// Ports that are tried for one connection before it is given up: every one of them was held by a
 /// connection of the same client to the same address.
@@ -121,22 +123,22 @@ fn map_error(error: MapError) -> io::Error {
     io::Error::other(error)
 }
 
-/// Opens a connection from the pod's netns to an address outside, with the pod's own address.
+/// Opens a connection from the pod's netns to an address outside, with the pod's own address. Like
+/// all that is dialled here, it is entered in the ledger as being dialled.
 pub async fn to_network(
-    netns: &Netns,
-    home: &Netns,
+    pod: &Pod,
     destination: SocketAddr,
     limit: Duration,
-) -> Result<TcpStream, DialError> {
-    let socket = netns.enter(home, || new_socket(destination))??;
-    let socket = TcpSocket::from_std_stream(socket.into());
+) -> Result<Accounted<TcpStream>, DialError> {
+    let socket = pod.netns.enter(&pod.home, || new_socket(destination))??;
+    let socket = Accounted::new(socket, pod.id, Kind::Connecting);
     connect(socket, destination, limit).await
 }
 
 /// A connection to the app.
 #[derive(Debug)]
 pub struct Dialled {
-    pub stream: TcpStream,
+    pub stream: Accounted<TcpStream>,
     /// The app sees the pod's own address in place of the client's.
     pub source_replaced: bool,
 }
@@ -202,7 +204,7 @@ async fn from_own_address(
     destination: SocketAddr,
     limit: Duration,
 ) -> Result<Dialled, DialError> {
-    let stream = to_network(&pod.netns, &pod.home, destination, limit).await?;
+    let stream = to_network(pod, destination, limit).await?;
     Ok(Dialled {
         stream,
         source_replaced: true,
@@ -211,7 +213,7 @@ async fn from_own_address(
 
 /// What became of one try from one port.
 enum Attempt {
-    Open(TcpStream),
+    Open(Accounted<TcpStream>),
     /// Something else has the tuple.
     Taken,
     /// The app's kernel has answered the SYN, and the answer doesn't come.
@@ -227,12 +229,12 @@ async fn attempt(
     let socket = pod
         .netns
         .enter(&pod.home, || transparent_socket(destination))??;
+    let socket = Accounted::new(socket, pod.id, Kind::Connecting);
     match socket.bind(&source.into()) {
         Ok(()) => {}
         Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) => return Ok(Attempt::Taken),
         Err(error) => return Err(error.into()),
     }
-    let socket = TcpSocket::from_std_stream(socket.into());
     let connecting = connect(socket, destination, limit);
     tokio::pin!(connecting);
     let connected = match timeout(AT_ONCE, &mut connecting).await {
@@ -267,12 +269,14 @@ impl Drop for Announced<'_> {
 }
 
 async fn connect(
-    socket: TcpSocket,
+    socket: Accounted<Socket>,
     destination: SocketAddr,
     limit: Duration,
-) -> Result<TcpStream, DialError> {
+) -> Result<Accounted<TcpStream>, DialError> {
+    let (entry, socket) = socket.into_parts();
+    let socket = TcpSocket::from_std_stream(socket.into());
     match timeout(limit, socket.connect(destination)).await {
-        Ok(Ok(stream)) => Ok(stream),
+        Ok(Ok(stream)) => Ok(Accounted::from_parts(entry, stream)),
         Ok(Err(error)) => Err(error.into()),
         Err(_) => Err(DialError::Timeout(limit)),
     }

@@ -252,6 +252,15 @@ impl Enrolment {
         }
     }
 
+    /// The pod's interfaces: index, name, and why it isn't steered where it isn't.
+    pub fn interfaces(&self) -> Vec<(u32, String, Option<String>)> {
+        let state = self.inner.state();
+        let interfaces = state.interfaces.steered.iter();
+        interfaces
+            .map(|(index, found)| (*index, found.name.clone(), found.failure.clone()))
+            .collect()
+    }
+
     /// Why the pod is degraded now, with what a human wants to know of it.
     pub fn degradations(&self) -> BTreeMap<Degradation, String> {
         let mut found = BTreeMap::new();

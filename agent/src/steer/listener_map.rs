@@ -20,7 +20,7 @@ pub fn tag(
     let map = &mut programs.maps().listener_pods;
     listeners
         .iter()
-        .try_for_each(|set| map.insert(&set.outbound, pod, 0))
+        .try_for_each(|set| map.insert(&*set.outbound, pod, 0))
         .map_err(|source| ProgramsError::Map {
             name: "LISTENER_PODS",
             source,

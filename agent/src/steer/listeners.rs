@@ -11,7 +11,10 @@ use std::{
 use nix::sys::socket::{getsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 
-use crate::model::{PortRange, ports};
+use crate::{
+    ledger::{Accounted, Kind},
+    model::{PortRange, ports},
+};
 
 /// Connections that wait for `accept`, bounded by the netns's `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
@@ -25,25 +28,29 @@ const KEEPALIVE_RETRIES: u32 = 3;
 /// The listeners of one pod for one worker.
 #[derive(Debug)]
 pub struct PodListeners {
-    pub outbound: TcpListener,
-    pub inbound: TcpListener,
-    pub mesh: TcpListener,
+    pub outbound: Accounted<TcpListener>,
+    pub inbound: Accounted<TcpListener>,
+    pub mesh: Accounted<TcpListener>,
 }
 
 impl PodListeners {
     /// A second hold on the same sockets.
     pub fn try_clone(&self) -> io::Result<Self> {
+        let clone = |listener: &TcpListener| {
+            let clone = listener.try_clone()?;
+            io::Result::Ok(Accounted::new(clone, 0, Kind::ListenerCopy))
+        };
         Ok(Self {
-            outbound: self.outbound.try_clone()?,
-            inbound: self.inbound.try_clone()?,
-            mesh: self.mesh.try_clone()?,
+            outbound: clone(&self.outbound)?,
+            inbound: clone(&self.inbound)?,
+            mesh: clone(&self.mesh)?,
         })
     }
 
     /// Whether all of them listen. Who may administrate a netns can close another's sockets in it
     /// (`ss -K`).
     pub fn listen(&self) -> bool {
-        let mut all = [&self.outbound, &self.inbound, &self.mesh].into_iter();
+        let mut all = [&*self.outbound, &*self.inbound, &*self.mesh].into_iter();
         all.all(|socket| getsockopt(socket, sockopt::AcceptConn).unwrap_or(false))
     }
 }
@@ -154,7 +161,7 @@ pub fn bind_to(workers: u16, ports: ListenerPorts) -> io::Result<Vec<PodListener
 /// What it sets is inherited by the sockets that it accepts, so accepting one costs no further
 /// call: their end is a RST until an orderly close takes the linger off, so that the peers of a
 /// killed agent see a reset and not a clean end.
-fn listener(port: u16) -> io::Result<TcpListener> {
+fn listener(port: u16) -> io::Result<Accounted<TcpListener>> {
     let (socket, address): (Socket, SocketAddr) =
         match Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)) {
             Ok(socket) => {
@@ -177,7 +184,8 @@ fn listener(port: u16) -> io::Result<TcpListener> {
     relay_options(&socket)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
-    Ok(socket.into())
+    // The worker that it is for says which pod's it is.
+    Ok(Accounted::new(socket.into(), 0, Kind::Listener))
 }
 
 /// What every relayed leg has: no delay, a peer's death noticed, and a reset as its end unless an

@@ -5,6 +5,7 @@
 
 mod attach;
 mod audit;
+mod census;
 mod cgroup;
 mod charge;
 mod diag;
@@ -40,6 +41,7 @@ use malla_common::{Counter, Flow, WorkerLoad};
 
 pub use attach::TcMethod;
 pub use audit::{AUDIT_INTERVAL, Difference, Kind};
+pub use census::sockets_of;
 pub use dial::{DialError, OwnDial, end_orderly, to_app, to_network};
 pub use enrol::EnrolError;
 pub use enrolment::{Degradation, Enrolment};

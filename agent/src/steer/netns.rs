@@ -15,6 +15,8 @@ use std::{
 
 use nix::sched::{CloneFlags, setns};
 
+use crate::ledger::{Accounted, Kind};
+
 /// Device and inode of a namespace: what tells it from every other one that lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct NetnsId {
@@ -58,7 +60,7 @@ impl FromStr for NetnsId {
 /// An open network namespace.
 #[derive(Debug)]
 pub struct Netns {
-    file: File,
+    file: Accounted<File>,
     id: NetnsId,
 }
 
@@ -86,6 +88,7 @@ impl Netns {
 
     fn from_file(file: File) -> io::Result<Self> {
         let id = NetnsId::of(&file.metadata()?);
+        let file = Accounted::new(file, 0, Kind::Netns);
         Ok(Self { file, id })
     }
 
@@ -105,13 +108,13 @@ impl Netns {
         struct Return<'a>(&'a Netns);
         impl Drop for Return<'_> {
             fn drop(&mut self) {
-                if let Err(error) = setns(&self.0.file, CloneFlags::CLONE_NEWNET) {
+                if let Err(error) = setns(self.0, CloneFlags::CLONE_NEWNET) {
                     tracing::error!(%error, "a thread can't leave a pod's network namespace");
                     std::process::abort();
                 }
             }
         }
-        setns(&self.file, CloneFlags::CLONE_NEWNET)?;
+        setns(self, CloneFlags::CLONE_NEWNET)?;
         let _return = Return(home);
         Ok(job())
     }

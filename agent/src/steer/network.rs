@@ -9,10 +9,12 @@ use rtnetlink::{
         address::{AddressAttribute, AddressHeaderFlags},
         link::{LinkAttribute, LinkFlags, LinkLayerType},
     },
+    sys::AsyncSocket,
 };
 use tokio::{sync::Mutex, task::JoinHandle};
 
 use super::netns::Netns;
+use crate::ledger::{Entry, Kind};
 
 /// Index of the loopback in every netns.
 pub(super) const LOOPBACK: u32 = 1;
@@ -86,11 +88,15 @@ impl Network {
             MulticastGroup::Ipv6Route,
             MulticastGroup::Tc,
         ];
-        let (connection, handle, messages) = netns
+        let (mut connection, handle, messages) = netns
             .enter(home, || rtnetlink::new_multicast_connection(&groups))
             .and_then(|result| result)
             .map_err(NetworkError::Enter)?;
-        let task = tokio::spawn(connection);
+        let entry = Entry::new(connection.socket_mut().socket_ref(), 0, Kind::Netlink);
+        let task = tokio::spawn(async move {
+            let _entry = entry;
+            connection.await;
+        });
         let changes = Changes(Box::pin(messages.map(|_| ())));
         let network = Self {
             handle,

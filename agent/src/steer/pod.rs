@@ -23,4 +23,9 @@ impl Pod {
     pub fn owns(&self, address: IpAddr) -> bool {
         self.addresses.load().contains(&address)
     }
+
+    /// The addresses of the pod's netns, as the kernel says.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        self.addresses.load().iter().copied().collect()
+    }
 }

@@ -24,6 +24,7 @@ use super::{
     errno_label,
     identity::IdentityMetrics,
     kernel,
+    ledger::LedgerMetrics,
     load::LoadMetrics,
     logging::DroppedLines,
     process,
@@ -83,6 +84,7 @@ pub struct Metrics {
     pods_enrolled: IntGauge,
     enrolment_errors: IntCounterVec,
     steering: SteeringMetrics,
+    ledger: LedgerMetrics,
 }
 
 impl Metrics {
@@ -166,6 +168,7 @@ impl Metrics {
                 &["reason"],
             ),
             steering: SteeringMetrics::new(&registry),
+            ledger: LedgerMetrics::new(&registry),
             registry,
             transports,
             kernel,
@@ -247,6 +250,11 @@ impl Metrics {
     /// What the control side tells of steering.
     pub fn steering(&self) -> &SteeringMetrics {
         &self.steering
+    }
+
+    /// What the agent has open, and where the kernel disagrees.
+    pub fn ledger(&self) -> &LedgerMetrics {
+        &self.ledger
     }
 
     /// All metrics in Prometheus' text format 0.0.4.

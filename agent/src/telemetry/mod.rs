@@ -12,8 +12,10 @@ mod admin;
 mod collector;
 #[cfg(test)]
 mod fixtures;
+mod http;
 mod identity;
 mod kernel;
+mod ledger;
 mod load;
 mod logging;
 mod metrics;
@@ -27,7 +29,8 @@ use std::fmt;
 use nix::errno::Errno;
 
 pub use access::{AccessRecord, Party, write_refusal};
-pub use admin::serve as serve_admin;
+pub use admin::{Admin, only_get};
+pub use http::{serve as serve_http, text};
 pub use kernel::{KernelCount, Unit, Verdict};
 pub use logging::{LogFormat, init as init_logging};
 pub use metrics::{Metrics, Role};

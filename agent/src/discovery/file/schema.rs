@@ -97,6 +97,9 @@ pub(super) struct NodeEntry {
     pub(super) cgroup: At<String>,
     /// Absolute path of a folder on a bpffs, where the agent pins links and maps.
     pub(super) bpffs: At<String>,
+    /// Absolute path of the folder of the agent's unix socket, made where it isn't there, for its
+    /// owner alone. Default: `/run/malla/NAME`.
+    pub(super) runtime: Option<At<String>>,
 }
 
 /// The settings of one namespace.
@@ -303,7 +306,7 @@ mod tests {
             names.join(" "),
             "addresses bpffs certificateLifetime cgroup connectTimeout dialPorts directory failMode \
              identity idleTimeout interfaces labels maxConnections mesh meshConnectTimeout mtls name namespace \
-             namespaces nested netns node nodes port ports serviceAccount settings \
+             namespaces nested netns node nodes port ports runtime serviceAccount settings \
              skipInboundPorts skipInboundSubnets skipOutboundPorts skipOutboundSubnets \
              trustDomain workloads"
         );

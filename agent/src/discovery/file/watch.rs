@@ -24,6 +24,7 @@ use tokio::{sync::watch, task, time::Instant};
 use super::{check, error::Error, links};
 use crate::{
     discovery::{Discovery, Refusal, Status},
+    ledger::{Entry, Kind},
     model::Mesh,
 };
 
@@ -216,6 +217,7 @@ fn read_blocking(path: &Path) -> Result<String, Error> {
 /// inotify on the [`links::Places`] of one path.
 struct Watcher {
     path: PathBuf,
+    _entry: Entry,
     events: EventStream<Vec<u8>>,
     folders: HashMap<WatchDescriptor, Folder>,
 }
@@ -242,11 +244,13 @@ impl Watcher {
             path: path.to_owned(),
             source,
         };
-        let events = Inotify::init()
-            .and_then(|inotify| inotify.into_event_stream(vec![0; EVENT_BUFFER]))
-            .map_err(failed)?;
+        let inotify = Inotify::init().map_err(failed)?;
+        let entry = Entry::new(&inotify, 0, Kind::Watch);
+        let events = inotify.into_event_stream(vec![0; EVENT_BUFFER]);
+        let events = events.map_err(failed)?;
         let mut watcher = Self {
             path: path::absolute(path).map_err(failed)?,
+            _entry: entry,
             events,
             folders: HashMap::new(),
         };

@@ -1,8 +1,14 @@
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    task::JoinSet,
+    time::timeout,
+};
 
 use super::*;
+use crate::telemetry::http::{HEADER_TIMEOUT, MAX_CONNECTIONS};
 
 const DEADLINE: Duration = Duration::from_secs(5);
 
@@ -19,8 +25,8 @@ impl Endpoint {
         let address = listener.local_addr().unwrap();
         let readiness = Readiness::default();
         let mut server = JoinSet::new();
-        let metrics = Arc::new(Metrics::new());
-        server.spawn(serve(vec![listener], metrics, readiness.clone()));
+        let admin = Admin::new(Arc::new(Metrics::new()), readiness.clone());
+        server.spawn(async move { admin.serve(vec![listener]).await });
         Self {
             address,
             readiness,

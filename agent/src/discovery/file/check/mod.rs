@@ -144,6 +144,10 @@ impl Checker {
                 addresses: self.addresses(&entry.addresses, &path, &Owner::Node(name.clone())),
                 cgroup: self.path(&entry.cgroup, &format_args!("{path}.cgroup")),
                 bpffs: self.path(&entry.bpffs, &format_args!("{path}.bpffs")),
+                runtime: match &entry.runtime {
+                    Some(folder) => self.path(folder, &format_args!("{path}.runtime")),
+                    None => Path::new("/run/malla").join(name),
+                },
             });
         }
         nodes

@@ -18,6 +18,7 @@ nodes:
     addresses: [10.0.0.1, "fd00::1"]
     cgroup: /sys/fs/cgroup/malla/node-a
     bpffs: /sys/fs/bpf/malla/node-a
+    runtime: /run/other/node-a
 settings: {mtls: permissive}
 namespaces:
   - name: emojivoto
@@ -88,6 +89,7 @@ fn every_field_of_the_format_is_taken() {
     );
     assert_eq!(node.cgroup, Path::new("/sys/fs/cgroup/malla/node-a"));
     assert_eq!(node.bpffs, Path::new("/sys/fs/bpf/malla/node-a"));
+    assert_eq!(node.runtime, Path::new("/run/other/node-a"));
     let web = workload(&mesh, "emojivoto", "web-1");
     assert_eq!(
         web.identity.to_string(),

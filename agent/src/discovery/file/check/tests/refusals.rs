@@ -20,7 +20,8 @@ fn a_text_that_is_no_mesh_file_is_refused_where_it_stops_being_one() {
         ),
         (
             "nodes:\n- name: a\n  value: b\nworkloads: []",
-            "mesh.yaml:3: nodes[0].value: unknown field; known here: name, addresses, cgroup, bpffs",
+            "mesh.yaml:3: nodes[0].value: unknown field; known here: name, addresses, cgroup, bpffs, \
+             runtime",
         ),
         (
             "nodes: []\nworkloads:\n- addresses: []",

@@ -1,0 +1,328 @@
+//! The shape of `/config`: what the agent believes, section by section. Plain data for serde;
+//! nothing secret is in any of it.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
+
+use serde::{Serialize, Serializer};
+
+use crate::model::{
+    FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange, Settings, WorkloadId,
+};
+
+/// The whole of `/config`.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Document {
+    pub node: String,
+    pub version: &'static str,
+    pub pid: u32,
+    pub mesh: MeshFile,
+    pub workloads: Vec<Workload>,
+    /// Workloads of this node that can't be enrolled.
+    pub refused: Vec<Refused>,
+    pub tunnels: Vec<Tunnel>,
+    pub certificates: Certificates,
+    pub ledger: Ledger,
+}
+
+/// How the mesh file was read.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MeshFile {
+    pub path: PathBuf,
+    /// Whether the file as it is now is in force.
+    pub in_force: bool,
+    #[serde(serialize_with = "time")]
+    pub last_good: SystemTime,
+    pub last_refusal: Option<Refusal>,
+}
+
+/// A state of the mesh file that was refused.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Refusal {
+    #[serde(serialize_with = "time")]
+    pub at: SystemTime,
+    pub reason: &'static str,
+    /// The problems, one a line.
+    pub report: String,
+}
+
+/// A pod that is enrolled.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Workload {
+    #[serde(rename = "workload", serialize_with = "text")]
+    pub id: WorkloadId,
+    pub identity: String,
+    /// The pod's number in the kernel's maps.
+    pub number: u32,
+    pub netns: PathBuf,
+    pub netns_inode: u64,
+    /// All of its netns, as the kernel has them.
+    pub addresses: Vec<IpAddr>,
+    pub interfaces: Vec<Interface>,
+    pub listener_ports: ListenerPorts,
+    pub settings: SettingsInForce,
+    pub degraded: Vec<Degraded>,
+    /// Connections and tunnels that live.
+    pub connections: u32,
+    /// How long it may still keep them, where it is leaving the mesh.
+    pub leaving_within_seconds: Option<u64>,
+}
+
+/// An interface of a pod.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Interface {
+    pub index: u32,
+    pub name: String,
+    pub steered: bool,
+    /// Why it isn't.
+    pub failure: Option<String>,
+}
+
+/// Where the agent listens in a pod.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ListenerPorts {
+    pub outbound: u16,
+    pub inbound: u16,
+    pub mesh: u16,
+}
+
+/// Why a pod isn't served as it should be.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Degraded {
+    pub reason: &'static str,
+    pub what: String,
+}
+
+/// A workload that can't be enrolled.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Refused {
+    #[serde(serialize_with = "text")]
+    pub workload: WorkloadId,
+    pub why: String,
+}
+
+/// A workload's settings, named and written as in the mesh file.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SettingsInForce {
+    mtls: MtlsMode,
+    fail_mode: FailMode,
+    nested: NestedMode,
+    interfaces: InterfaceMode,
+    skip_outbound_ports: Vec<String>,
+    skip_inbound_ports: Vec<String>,
+    skip_outbound_subnets: Vec<String>,
+    skip_inbound_subnets: Vec<String>,
+    dial_ports: String,
+    mesh_connect_timeout: String,
+    connect_timeout: String,
+    idle_timeout: String,
+    max_connections: u32,
+}
+
+impl From<&Settings> for SettingsInForce {
+    fn from(settings: &Settings) -> Self {
+        let port = |range: &PortRange| {
+            if range.first == range.last {
+                range.first.to_string()
+            } else {
+                format!("{}-{}", range.first, range.last)
+            }
+        };
+        let ports = |ranges: &[PortRange]| ranges.iter().map(port).collect();
+        let subnets = |nets: &[ipnet::IpNet]| nets.iter().map(ToString::to_string).collect();
+        let duration = |duration| humantime::format_duration(duration).to_string();
+        Self {
+            mtls: settings.mtls,
+            fail_mode: settings.fail_mode,
+            nested: settings.nested,
+            interfaces: settings.interfaces,
+            skip_outbound_ports: ports(&settings.skip_outbound_ports),
+            skip_inbound_ports: ports(&settings.skip_inbound_ports),
+            skip_outbound_subnets: subnets(&settings.skip_outbound_subnets),
+            skip_inbound_subnets: subnets(&settings.skip_inbound_subnets),
+            dial_ports: port(&settings.dial_ports),
+            mesh_connect_timeout: duration(settings.mesh_connect_timeout),
+            connect_timeout: duration(settings.connect_timeout),
+            idle_timeout: settings.idle_timeout.map_or("never".to_owned(), duration),
+            max_connections: settings.max_connections,
+        }
+    }
+}
+
+/// A tunnel that is open.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Tunnel {
+    pub direction: &'static str,
+    /// The workload of this node.
+    pub workload: Option<String>,
+    /// The other end.
+    pub peer: SocketAddr,
+    /// What the other end has proved to be.
+    pub identity: String,
+    /// Connections in it.
+    pub streams: usize,
+    #[serde(serialize_with = "seconds")]
+    pub age_seconds: Duration,
+}
+
+/// Certificates and what they hang on.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Certificates {
+    pub workloads: Vec<Certificate>,
+    pub authority: Vec<AuthorityPart>,
+}
+
+/// A workload's certificate.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Certificate {
+    pub identity: String,
+    #[serde(serialize_with = "time")]
+    pub expires: SystemTime,
+}
+
+/// A trust anchor, issuer or revocation list.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AuthorityPart {
+    pub object: &'static str,
+    pub subject: String,
+    pub path: PathBuf,
+    #[serde(serialize_with = "time")]
+    pub expires: SystemTime,
+}
+
+/// What the agent has open, and what the kernel says of it.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Ledger {
+    pub descriptors: Descriptors,
+    pub workloads: Vec<WorkloadLedger>,
+    pub differences: Vec<Difference>,
+    /// Why the kernel couldn't be asked; the rest is empty then.
+    pub failure: Option<String>,
+}
+
+/// All of the agent's descriptors.
+#[derive(Debug, Default, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Descriptors {
+    /// As the kernel has them.
+    pub open: usize,
+    /// Those that are entered, by what they are for.
+    pub entered: BTreeMap<&'static str, usize>,
+    /// Those from the agent's start that are still open, by the kernel's kind.
+    pub from_start: BTreeMap<String, usize>,
+}
+
+/// The agent's sockets and tasks of one workload.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkloadLedger {
+    #[serde(serialize_with = "text")]
+    pub workload: WorkloadId,
+    pub tasks: u32,
+    /// Sockets by what they are for.
+    pub sockets: BTreeMap<&'static str, usize>,
+    pub believed: Sockets,
+    /// None where the kernel couldn't be asked.
+    pub kernel: Option<Sockets>,
+    /// Connections that are open here and over for the kernel, which no longer lists them.
+    pub closed: usize,
+    /// What the kernel has more than is believed.
+    pub difference: Option<SocketsDifference>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Sockets {
+    pub listeners: usize,
+    pub connections: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SocketsDifference {
+    pub listeners: i64,
+    pub connections: i64,
+}
+
+/// A descriptor in which ledger and kernel differ.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Difference {
+    #[serde(rename = "difference")]
+    pub how: &'static str,
+    pub kind: String,
+    pub workload: Option<String>,
+    pub descriptor: i32,
+    pub identity: String,
+    pub local: Option<SocketAddr>,
+    pub remote: Option<SocketAddr>,
+    /// How long it has been there at each look; under traffic there are always some of 0.
+    #[serde(serialize_with = "seconds")]
+    pub for_seconds: Duration,
+}
+
+fn time<S: Serializer>(time: &SystemTime, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&humantime::format_rfc3339_seconds(*time))
+}
+
+fn text<S: Serializer>(id: &WorkloadId, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(id)
+}
+
+fn seconds<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_u64(duration.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_are_written_as_in_the_mesh_file() {
+        let settings = Settings {
+            skip_inbound_ports: vec![PortRange {
+                first: 25,
+                last: 25,
+            }],
+            skip_outbound_subnets: vec!["10.0.0.0/8".parse().unwrap()],
+            ..Settings::default()
+        };
+        let shown = serde_json::to_value(SettingsInForce::from(&settings)).unwrap();
+        assert_eq!(
+            shown,
+            serde_json::json!({
+                "mtls": "permissive",
+                "failMode": "closed",
+                "nested": "refuse",
+                "interfaces": "refuse",
+                "skipOutboundPorts": [],
+                "skipInboundPorts": ["25"],
+                "skipOutboundSubnets": ["10.0.0.0/8"],
+                "skipInboundSubnets": [],
+                "dialPorts": "10000-32000",
+                "meshConnectTimeout": "5s",
+                "connectTimeout": "5s",
+                "idleTimeout": "never",
+                "maxConnections": 20000,
+            })
+        );
+    }
+}

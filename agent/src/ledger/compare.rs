@@ -1,0 +1,230 @@
+//! The ledger beside what the kernel has: a function of plain values.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    net::SocketAddr,
+    os::fd::RawFd,
+};
+
+use super::{Descriptor, Kind, Line, Target};
+
+/// A TCP socket of a netns that some process holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KernelSocket {
+    pub inode: u64,
+    pub listens: bool,
+    pub local: SocketAddr,
+    pub remote: SocketAddr,
+}
+
+/// The pods that are served, by number; None where the kernel wasn't asked this time.
+pub type PodSockets = BTreeMap<u32, Option<Vec<KernelSocket>>>;
+
+/// What a comparison found.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Account {
+    pub pods: BTreeMap<u32, PodAccount>,
+    /// Descriptors that are open.
+    pub open: usize,
+    /// Entries by kind.
+    pub entered: BTreeMap<Kind, usize>,
+    /// Descriptors from the agent's start that are still open, by their kernel's kind.
+    pub from_start: BTreeMap<String, usize>,
+    pub differences: Vec<Difference>,
+}
+
+/// One pod's sockets.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PodAccount {
+    /// Entries by kind.
+    pub believed: BTreeMap<Kind, usize>,
+    /// None where the kernel wasn't asked this time.
+    pub kernel: Option<KernelAccount>,
+}
+
+/// The agent's sockets in one pod's netns.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct KernelAccount {
+    pub listeners: usize,
+    pub connections: usize,
+    /// Connections that are entered and open, but over for the kernel, which lists them no more:
+    /// both ends were closed, and one direction's bytes are still to be delivered.
+    pub closed: usize,
+}
+
+impl PodAccount {
+    pub fn connections(&self) -> usize {
+        let connections = self.believed.iter().filter(|(k, _)| k.is_connection());
+        connections.map(|(_, count)| count).sum()
+    }
+
+    pub fn listeners(&self) -> usize {
+        self.believed.get(&Kind::Listener).copied().unwrap_or(0)
+    }
+}
+
+/// How the ledger and the kernel differ in one descriptor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum DifferenceKind {
+    /// A descriptor that nobody entered.
+    Unaccounted,
+    /// An entry without a descriptor.
+    Missing,
+    /// An entry of a pod that isn't served any more, with a descriptor.
+    Orphaned,
+}
+
+impl DifferenceKind {
+    /// The word for output.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Unaccounted => "unaccounted",
+            Self::Missing => "missing",
+            Self::Orphaned => "orphaned",
+        }
+    }
+}
+
+/// One descriptor in which the two differ.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Difference {
+    pub kind: DifferenceKind,
+    /// One word for what it is: the entry's kind, or the kernel's.
+    pub what: String,
+    /// None where it belongs to no pod, or the pod wasn't asked.
+    pub pod: Option<u32>,
+    pub descriptor: RawFd,
+    /// Tells it from another of the same number.
+    pub identity: String,
+    /// Its addresses, where it is a socket of a pod.
+    pub ends: Option<(SocketAddr, SocketAddr)>,
+}
+
+/// Compares. `from_start` are descriptors that were open before anything was entered.
+pub fn compare(
+    lines: &[Line],
+    descriptors: &[Descriptor],
+    from_start: &HashSet<Descriptor>,
+    pods: &PodSockets,
+) -> Account {
+    let lines: HashMap<RawFd, Line> = lines.iter().map(|line| (line.descriptor, *line)).collect();
+    let mut account = Account {
+        open: descriptors.len(),
+        ..Account::default()
+    };
+    let open: HashMap<RawFd, &Target> = descriptors.iter().map(|d| (d.number, &d.target)).collect();
+    for line in lines.values() {
+        *account.entered.entry(line.kind).or_default() += 1;
+        let is_of_pod = line.kind == Kind::Listener || line.kind.is_connection();
+        let is_served = pods.contains_key(&line.pod);
+        if is_of_pod && is_served {
+            let pod = account.pods.entry(line.pod).or_default();
+            *pod.believed.entry(line.kind).or_default() += 1;
+        }
+        let kind = match open.contains_key(&line.descriptor) {
+            false => DifferenceKind::Missing,
+            true if is_of_pod && !is_served => DifferenceKind::Orphaned,
+            true => continue,
+        };
+        account.differences.push(Difference {
+            kind,
+            what: line.kind.as_str().to_owned(),
+            pod: is_of_pod.then_some(line.pod),
+            descriptor: line.descriptor,
+            identity: line.serial.to_string(),
+            ends: None,
+        });
+    }
+    let mut unaccounted = Vec::new();
+    for descriptor in descriptors {
+        if lines.contains_key(&descriptor.number) {
+            continue;
+        }
+        if from_start.contains(descriptor) {
+            let word = descriptor.target.word();
+            *account.from_start.entry(word).or_default() += 1;
+        } else {
+            unaccounted.push(descriptor);
+        }
+    }
+    let differences = differences_of(&unaccounted, pods);
+    account.differences.extend(differences);
+    let own: HashSet<u64> = open.values().filter_map(|target| inode(target)).collect();
+    for (number, asked) in pods {
+        let pod = account.pods.entry(*number).or_default();
+        let Some(asked) = asked else { continue };
+        let own = asked.iter().filter(|socket| own.contains(&socket.inode));
+        pod.kernel = Some(kernel_account(*number, own, &lines, &open));
+    }
+    account
+}
+
+/// What the kernel knows of descriptors that nobody entered.
+fn differences_of(unaccounted: &[&Descriptor], pods: &PodSockets) -> Vec<Difference> {
+    let inodes: HashSet<u64> = unaccounted
+        .iter()
+        .filter_map(|d| inode(&d.target))
+        .collect();
+    let mut sockets: HashMap<u64, (u32, &KernelSocket)> = HashMap::new();
+    if !inodes.is_empty() {
+        for (number, asked) in pods {
+            let asked = asked.iter().flatten();
+            let meant = asked.filter(|socket| inodes.contains(&socket.inode));
+            sockets.extend(meant.map(|socket| (socket.inode, (*number, socket))));
+        }
+    }
+    let difference = |descriptor: &&Descriptor| {
+        let found = inode(&descriptor.target).and_then(|inode| sockets.get(&inode));
+        let what = match found {
+            None => descriptor.target.word(),
+            Some((_, socket)) if socket.listens => "listener".to_owned(),
+            Some(_) => "connection".to_owned(),
+        };
+        Difference {
+            kind: DifferenceKind::Unaccounted,
+            what,
+            pod: found.map(|(pod, _)| *pod),
+            descriptor: descriptor.number,
+            identity: descriptor.target.to_string(),
+            ends: found.map(|(_, socket)| (socket.local, socket.remote)),
+        }
+    };
+    unaccounted.iter().map(difference).collect()
+}
+
+/// What the kernel has for a pod: the process's `own` sockets in its netns.
+fn kernel_account<'a>(
+    pod: u32,
+    own: impl Iterator<Item = &'a KernelSocket>,
+    lines: &HashMap<RawFd, Line>,
+    open: &HashMap<RawFd, &Target>,
+) -> KernelAccount {
+    let mut account = KernelAccount::default();
+    let mut listed = HashSet::new();
+    for socket in own {
+        // The kernel may list one twice while others come and go.
+        if !listed.insert(socket.inode) {
+            continue;
+        }
+        if socket.listens {
+            account.listeners += 1;
+        } else {
+            account.connections += 1;
+        }
+    }
+    let of_pod = |line: &&Line| line.pod == pod && line.kind.is_connection();
+    let entered = lines.values().filter(of_pod);
+    let sockets = entered.filter_map(|line| inode(open.get(&line.descriptor)?));
+    account.closed = sockets.filter(|inode| !listed.contains(inode)).count();
+    account
+}
+
+fn inode(target: &Target) -> Option<u64> {
+    match target {
+        Target::Socket(inode) => Some(*inode),
+        Target::Other(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,115 @@
+//! The TCP sockets of a pod's netns that some process holds, all at once (`sock_diag(7)`).
+//!
+//! The kernel walks its whole table of connections for it, some milliseconds on a large machine,
+//! whatever the netns has: not for a worker.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::OwnedFd,
+};
+
+use super::{
+    Pod,
+    diag::{self, DESCRIPTION, HEADER, NLM_F_DUMP, NLM_F_REQUEST},
+};
+use crate::ledger::KernelSocket;
+
+/// From `linux/inet_diag.h`. This older question is the one that asks for both families at once,
+/// and so walks the table once.
+const TCPDIAG_GETSOCK: u16 = 18;
+/// Size of `struct inet_diag_req`.
+const REQUEST: usize = 60;
+/// Every state that a socket with a descriptor can have: not `TIME_WAIT`, `CLOSE` and
+/// `NEW_SYN_RECV`.
+const STATES: u32 = 0xfff & !(1 << 6) & !(1 << 7);
+const TCP_LISTEN: u8 = 10;
+
+/// Asks for those of `pod`. One that comes or goes meanwhile may be in it or not, or twice.
+pub fn sockets_of(pod: &Pod) -> io::Result<Vec<KernelSocket>> {
+    ask(&pod.netns.enter(&pod.home, diag::netlink)??)
+}
+
+fn ask(socket: &OwnedFd) -> io::Result<Vec<KernelSocket>> {
+    let mut found = Vec::new();
+    diag::dump(socket, &request(), |described| {
+        found.extend(parse(described));
+    })?;
+    Ok(found)
+}
+
+/// `struct nlmsghdr`, `struct inet_diag_req`.
+fn request() -> [u8; HEADER + REQUEST] {
+    const LENGTH: u32 = 76;
+    let mut bytes = [0; HEADER + REQUEST];
+    let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+    put(0, &LENGTH.to_ne_bytes());
+    put(4, &TCPDIAG_GETSOCK.to_ne_bytes());
+    put(6, &(NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
+    put(HEADER + 52, &STATES.to_ne_bytes());
+    bytes
+}
+
+/// None for a socket that no process holds any more.
+fn parse(message: &[u8; DESCRIPTION]) -> Option<KernelSocket> {
+    let inode = u32::from_ne_bytes(*message.last_chunk()?);
+    if inode == 0 {
+        return None;
+    }
+    let is_v4 = i32::from(message[0]) == libc::AF_INET;
+    let end = |port: usize, address: usize| {
+        let mut octets = [0; 16];
+        octets.copy_from_slice(&message[address..address + 16]);
+        let address = if is_v4 {
+            IpAddr::from(Ipv4Addr::new(octets[0], octets[1], octets[2], octets[3]))
+        } else {
+            Ipv6Addr::from(octets).to_canonical()
+        };
+        let port = u16::from_be_bytes([message[port], message[port + 1]]);
+        SocketAddr::new(address, port)
+    };
+    Some(KernelSocket {
+        inode: inode.into(),
+        listens: message[1] == TCP_LISTEN,
+        local: end(4, 8),
+        remote: end(6, 24),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        net::{TcpListener, TcpStream},
+        os::fd::AsFd,
+        os::unix::fs::MetadataExt,
+    };
+
+    use super::*;
+
+    fn inode(socket: &impl AsFd) -> u64 {
+        let descriptor = socket.as_fd().try_clone_to_owned().unwrap();
+        std::fs::File::from(descriptor).metadata().unwrap().ino()
+    }
+
+    #[test]
+    fn listeners_and_both_ends_of_a_connection_are_found_in_each_family() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = TcpListener::bind(address).unwrap();
+            let server = listener.local_addr().unwrap();
+            let client = TcpStream::connect(server).unwrap();
+            let (accepted, peer) = listener.accept().unwrap();
+            let all = || ask(&diag::netlink().unwrap()).unwrap();
+            let found = all();
+            let get = |inode| found.iter().find(|s| s.inode == inode).unwrap();
+            assert!(get(inode(&listener)).listens, "{address}");
+            let ends = |socket: &KernelSocket| (socket.local, socket.remote);
+            assert_eq!(ends(get(inode(&client))), (peer, server));
+            assert_eq!(ends(get(inode(&accepted))), (server, peer));
+            assert!(!get(inode(&accepted)).listens);
+            // Without a descriptor it may be in the kernel's table for long, and is nobody's.
+            let gone = inode(&client);
+            drop(client);
+            assert!(all().iter().all(|socket| socket.inode != gone));
+        }
+    }
+}

@@ -59,6 +59,8 @@ struct Shared {
 
 struct Seen {
     next: Instant,
+    /// Whether descriptors couldn't be read the last time.
+    is_blind: bool,
     /// The pod that was asked last.
     asked: u32,
     /// What the kernel said of each pod last.
@@ -73,6 +75,7 @@ impl Reconciler {
     pub fn new(metrics: Arc<Metrics>) -> io::Result<Self> {
         let seen = Seen {
             next: Instant::now(),
+            is_blind: false,
             asked: 0,
             kernel: HashMap::new(),
             persistence: Persistence::default(),
@@ -135,7 +138,11 @@ impl Shared {
         let budget = (!self.seen().persistence.has_suspects()).then_some(ASKING);
         match self.account(served, budget) {
             Ok(account) => self.conclude(served, &account),
-            Err(error) => tracing::warn!(%error, "the agent's descriptors can't be read"),
+            // Told once, until they can be again: it happens while all descriptors are in use.
+            Err(error) if !std::mem::replace(&mut self.seen().is_blind, true) => {
+                tracing::warn!(%error, "the agent's descriptors can't be read");
+            }
+            Err(_) => {}
         }
         let took = processor_time().saturating_sub(began);
         self.metrics.ledger().set_look(took);
@@ -184,6 +191,7 @@ impl Shared {
         let names: HashMap<u32, &WorkloadId> =
             served.iter().map(|s| (s.pod.id, &s.workload)).collect();
         let mut seen = self.seen();
+        seen.is_blind = false;
         seen.kernel.retain(|pod, _| names.contains_key(pod));
         let asked = account.pods.iter();
         let asked = asked.filter_map(|(pod, account)| Some((*pod, account.kernel?)));

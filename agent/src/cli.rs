@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 
 use crate::{
     agent::{self, Options},
-    discovery,
+    cleanup, discovery,
     steer::{EbpfLog, TcMethod},
     telemetry::{self, LogFormat, Metrics},
 };
@@ -34,11 +34,16 @@ enum Command {
 #[derive(Debug, clap::Args)]
 struct AgentArguments {
     /// The YAML file with nodes, workloads and settings; followed while the agent runs.
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "cleanup")]
+    config: Option<PathBuf>,
     /// Name of the node in the file that this agent is for.
-    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
-    node: String,
+    #[arg(
+        long,
+        env = "NODE_NAME",
+        value_name = "NAME",
+        required_unless_present = "cleanup"
+    )]
+    node: Option<String>,
     /// Form of the log.
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -56,6 +61,13 @@ struct AgentArguments {
     /// come here once all pods are enrolled, and the other one carries what it has to its end.
     #[arg(long)]
     takeover: bool,
+    /// Run no agent, but remove all that agents of this node leave on purpose when they end, say
+    /// what it was, and end. Refused while one lives.
+    #[arg(long, conflicts_with = "takeover")]
+    cleanup: bool,
+    /// The node's bpffs folder, where a cleanup can't read it from the file.
+    #[arg(long, value_name = "FOLDER", requires = "cleanup")]
+    bpffs: Option<PathBuf>,
     /// How long live connections may go on after SIGTERM, or after another agent has taken over.
     #[arg(long, value_parser = humantime::parse_duration, default_value = "15m", value_name = "DURATION")]
     drain_limit: Duration,
@@ -86,6 +98,19 @@ pub fn main() -> ExitCode {
 }
 
 fn run_agent(arguments: AgentArguments) -> anyhow::Result<()> {
+    let (config, node) = match (arguments.config, arguments.node) {
+        (Some(config), Some(node)) if !arguments.cleanup => (config, node),
+        // Without a cleanup both are required.
+        (config, node) => {
+            let bpffs = arguments.bpffs;
+            let options = cleanup::Options {
+                config,
+                node,
+                bpffs,
+            };
+            return control_runtime()?.block_on(cleanup::run(&options));
+        }
+    };
     let mut filter = arguments.log;
     if arguments.log_ebpf == EbpfLog::Debug {
         filter.push_str(",ebpf=debug");
@@ -94,8 +119,8 @@ fn run_agent(arguments: AgentArguments) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::new());
     metrics.watch_log(log.dropped_lines());
     let options = Options {
-        config: arguments.config,
-        node: arguments.node,
+        config,
+        node,
         ebpf_log: arguments.log_ebpf,
         tc_method: if arguments.tc_filters {
             TcMethod::Filters
@@ -107,10 +132,13 @@ fn run_agent(arguments: AgentArguments) -> anyhow::Result<()> {
         withdraw_limit: arguments.withdraw_limit,
         workers: arguments.workers,
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+    control_runtime()?.block_on(agent::run(options, metrics))
+}
+
+fn control_runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
         .worker_threads(CONTROL_THREADS)
         .thread_name("control")
         .enable_all()
-        .build()?;
-    runtime.block_on(agent::run(options, metrics))
+        .build()
 }

@@ -1,6 +1,7 @@
 //! `malla`: the agent and its command line.
 
 mod agent;
+mod cleanup;
 mod cli;
 mod config;
 mod discovery;

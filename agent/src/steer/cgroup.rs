@@ -6,6 +6,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
+/// What the names of agents' cgroups begin with.
+const PREFIX: &str = "malla-agent-";
+
 /// Why the agent can't have a cgroup of its own.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
@@ -51,7 +54,7 @@ impl OwnCgroup {
 /// A cgroup that no other agent has: in containers, all of them have the same process id.
 fn make_child(parent: &Path) -> Result<PathBuf, CgroupError> {
     for number in 0_u32.. {
-        let name = format!("malla-agent-{}-{number}", std::process::id());
+        let name = format!("{PREFIX}{}-{number}", std::process::id());
         let child = parent.join(name);
         match fs::create_dir(&child) {
             Ok(()) => return Ok(child),
@@ -113,11 +116,7 @@ fn remove_empty_children(parent: &Path) {
         return;
     };
     for entry in entries.flatten() {
-        if entry
-            .file_name()
-            .to_string_lossy()
-            .starts_with("malla-agent-")
-        {
+        if is_agents(&entry.path()) {
             let _ = fs::remove_dir(entry.path());
         }
     }
@@ -130,16 +129,23 @@ pub fn living_agents(parent: &Path) -> Vec<u64> {
     };
     entries
         .flatten()
-        .filter(|entry| {
-            entry
-                .file_name()
-                .to_string_lossy()
-                .starts_with("malla-agent-")
-        })
+        .filter(|entry| is_agents(&entry.path()))
         .filter(|entry| has_processes(&entry.path()))
         .filter_map(|entry| entry.metadata().ok())
         .map(|metadata| metadata.ino())
         .collect()
+}
+
+/// Whether a cgroup is one that an agent has made for itself, by its name.
+pub fn is_agents(cgroup: &Path) -> bool {
+    let name = cgroup.file_name().unwrap_or_default();
+    name.to_string_lossy().starts_with(PREFIX)
+}
+
+/// The processes in a cgroup.
+pub fn processes(cgroup: &Path) -> Vec<u32> {
+    let list = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    list.lines().filter_map(|line| line.parse().ok()).collect()
 }
 
 fn has_processes(cgroup: &Path) -> bool {

@@ -14,6 +14,8 @@ use super::cgroup::{self, CgroupId};
 
 const HOLDER: &str = "in_charge";
 const NEXT: &str = "next";
+/// What the name of a note begins with until it is written.
+const UNFINISHED: &str = "note_";
 
 /// This agent's view of who is in charge.
 #[derive(Debug)]
@@ -38,6 +40,18 @@ impl Charge {
     /// The agent in charge, if one lives.
     pub fn holder(bpffs: &Path, cgroups: &Path) -> Option<u64> {
         living(&bpffs.join(HOLDER), cgroups)
+    }
+
+    /// The agents that are or were in charge, or about to be.
+    pub fn named(bpffs: &Path) -> impl Iterator<Item = u64> {
+        [HOLDER, NEXT]
+            .into_iter()
+            .filter_map(|note| named(&bpffs.join(note)))
+    }
+
+    /// Whether a file of the node's bpffs folder is a note of who is in charge, by its name.
+    pub fn is_note(name: &str) -> bool {
+        [HOLDER, NEXT].contains(&name) || name.starts_with(UNFINISHED)
     }
 
     /// Says that this agent is about to take charge.
@@ -93,7 +107,8 @@ impl Charge {
     }
 
     fn write(&self, note: &Path) -> io::Result<()> {
-        let new = self.holder.with_file_name(format!("note_{}", self.own.0));
+        let new = format!("{UNFINISHED}{}", self.own.0);
+        let new = self.holder.with_file_name(new);
         let _ = fs::remove_file(&new);
         symlink(self.own.0.to_string(), &new)?;
         fs::rename(&new, note)

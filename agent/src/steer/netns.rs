@@ -86,6 +86,16 @@ impl Netns {
         Self::from_file(file)
     }
 
+    /// The one of this id, where a process is in it.
+    pub fn of_a_process(id: NetnsId) -> Option<Self> {
+        let processes = fs::read_dir("/proc").ok()?.flatten();
+        let paths = processes.map(|process| process.path().join("ns/net"));
+        let mut found = paths.filter(|path| NetnsId::at(path).is_ok_and(|there| there == id));
+        Self::open(&found.next()?)
+            .ok()
+            .filter(|netns| netns.id == id)
+    }
+
     fn from_file(file: File) -> io::Result<Self> {
         let id = NetnsId::of(&file.metadata()?);
         let file = Accounted::new(file, 0, Kind::Netns);

@@ -42,8 +42,7 @@ const OLDEST: (u32, u32) = (6, 1);
 
 /// Checks everything that can be checked before anything is loaded.
 pub fn check(bpffs: &Path) -> Result<(), Missing> {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    capabilities(&status)?;
+    privileges()?;
     let release = nix::sys::utsname::uname()
         .map(|name| name.release().to_string_lossy().into_owned())
         .unwrap_or_default();
@@ -52,6 +51,11 @@ pub fn check(bpffs: &Path) -> Result<(), Missing> {
         return Err(Missing::Btf);
     }
     folder(bpffs)
+}
+
+/// Checks that this process may do what steering takes.
+pub fn privileges() -> Result<(), Missing> {
+    capabilities(&std::fs::read_to_string("/proc/self/status").unwrap_or_default())
 }
 
 fn capabilities(status: &str) -> Result<(), Missing> {

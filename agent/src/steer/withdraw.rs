@@ -123,7 +123,7 @@ pub(super) async fn restore(
 }
 
 /// The netns of a record, if it is still the one at its path.
-fn reopen(record: &Record) -> Option<Netns> {
+pub(super) fn reopen(record: &Record) -> Option<Netns> {
     let netns = Netns::open(&record.path).ok()?;
     (netns.id() == record.netns).then_some(netns)
 }

@@ -11,5 +11,6 @@ mod schema;
 mod watch;
 
 pub use check::check;
+pub use parse::node_folders;
 pub use schema::json_schema;
 pub use watch::watch;

@@ -5,7 +5,10 @@ use std::fmt::Write as _;
 use serde_path_to_error::{Path, Segment};
 use serde_saphyr::{Error, MessageFormatter as _, UserMessageFormatter};
 
-use super::{error::Problem, schema::MeshFile};
+use super::{
+    error::Problem,
+    schema::{MeshFile, NodeFolders, NodesOnly},
+};
 
 /// Reads the text, or tells the first place where it isn't a mesh file.
 pub(super) fn parse(text: &str) -> Result<MeshFile, Problem> {
@@ -29,6 +32,12 @@ pub(super) fn parse(text: &str) -> Result<MeshFile, Problem> {
         reason: reason(&error),
         field,
     })
+}
+
+/// The folders of the file's nodes, whatever the rest of it is like. None where it isn't YAML.
+pub fn node_folders(text: &str) -> Vec<NodeFolders> {
+    let read = serde_saphyr::from_str::<NodesOnly>(text);
+    read.map(|file| file.nodes).unwrap_or_default()
 }
 
 /// The path as users write it.

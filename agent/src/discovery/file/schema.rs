@@ -5,7 +5,7 @@
 //! [`super::check()`], so addresses, durations and port ranges stay text here: that way a bad one is
 //! reported beside all other mistakes instead of ending the parse.
 
-use std::{borrow::Cow, collections::BTreeMap, fmt, net::IpAddr};
+use std::{borrow::Cow, collections::BTreeMap, fmt, net::IpAddr, path::PathBuf};
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, de};
@@ -100,6 +100,20 @@ pub(super) struct NodeEntry {
     /// Absolute path of the folder of the agent's unix socket, made where it isn't there, for its
     /// owner alone. Default: `/run/malla/NAME`.
     pub(super) runtime: Option<At<String>>,
+}
+
+/// What a cleanup wants of a file that may be bad elsewhere.
+#[derive(Debug, Deserialize)]
+pub(super) struct NodesOnly {
+    pub(super) nodes: Vec<NodeFolders>,
+}
+
+/// Where the agents of a node keep what outlives them.
+#[derive(Debug, Deserialize)]
+pub struct NodeFolders {
+    pub name: String,
+    pub cgroup: PathBuf,
+    pub bpffs: PathBuf,
 }
 
 /// The settings of one namespace.

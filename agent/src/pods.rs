@@ -33,8 +33,9 @@ pub struct Pods {
     enrolled: HashMap<WorkloadId, Enrolled>,
     /// Pods that are being withdrawn, and when at the latest that ends.
     leaving: HashMap<WorkloadId, (Enrolled, Instant)>,
-    /// Workloads whose enrolment failed, with what was said of it, to be tried again.
-    failed: HashMap<WorkloadId, String>,
+    /// Workloads whose enrolment failed, with what was said of it, to be tried again. None: its
+    /// netns is gone, and it is enrolled when another stands there.
+    failed: HashMap<WorkloadId, Option<String>>,
     withdraw_limit: Duration,
     /// What the kernel has told of since the last audit.
     touched: HashSet<Event>,
@@ -94,10 +95,8 @@ impl Pods {
 
     /// Workloads that can't be enrolled, and why.
     pub fn refused(&self) -> impl Iterator<Item = (&WorkloadId, &str)> {
-        self.failed.iter().map(|(id, said)| match said.as_str() {
-            "" => (id, "its netns is gone"),
-            said => (id, said),
-        })
+        let failed = self.failed.iter();
+        failed.map(|(id, said)| (id, said.as_deref().unwrap_or("its netns is gone")))
     }
 
     /// Takes away what earlier agents left of workloads that aren't this node's any more.
@@ -135,12 +134,16 @@ impl Pods {
             let kind = Kind::Netns.as_str();
             self.shared.metrics.steering().audit_difference(kind, true);
             self.cut(&workload).await;
-            self.failed.insert(workload.id.clone(), String::new());
+            self.failed.insert(workload.id.clone(), None);
         }
         self.failed.retain(|id, _| mesh.workloads.contains_key(id));
-        let failed = self.failed.keys().filter_map(|id| mesh.workloads.get(id));
-        let failed = failed.map(Arc::clone).collect();
-        self.enrol(failed).await;
+        let to_enrol = self.failed.iter().filter_map(|(id, said)| {
+            let workload = mesh.workloads.get(id)?;
+            let is_there = || workload.netns.as_ref().is_some_and(|path| path.exists());
+            (said.is_some() || is_there()).then(|| Arc::clone(workload))
+        });
+        let to_enrol = to_enrol.collect();
+        self.enrol(to_enrol).await;
     }
 
     /// Enrols pods, several at a time: the kernel lets each wait for what is on its way.
@@ -191,7 +194,7 @@ impl Pods {
     }
 
     fn failed(&mut self, workload: &Workload, error: &EnrolError) {
-        let said = error.to_string();
+        let said = Some(error.to_string());
         // The same failure, again and again, is told once.
         if self.failed.get(&workload.id) != Some(&said) {
             tracing::error!(workload = %workload.id, %error, "can't enrol a workload");

@@ -238,6 +238,14 @@ impl Testbed {
         self.update_mesh()
     }
 
+    /// Does something of which agents that run don't learn until the mesh file is written again.
+    pub fn untold<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
+        let told = std::mem::take(&mut self.agents_started);
+        let result = work(self);
+        self.agents_started = told;
+        result
+    }
+
     /// Makes one more network namespace, with nothing but its loopback in it.
     pub fn extra_netns(&self, name: &str) -> Result<Netns> {
         Netns::create(&format!("{}-{name}", self.name()))

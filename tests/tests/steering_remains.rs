@@ -352,11 +352,10 @@ fn links_and_filters_take_each_others_place() {
         let before = scene.steered();
         assert_eq!(scene.call(&scene.leaver), Fate::Echoed);
         assert!(scene.steered() > before, "went past the agent");
-        !tc(&scene.leaver, "qdisc show").contains("clsact")
+        filters(&scene.leaver) == 0
     })
     .unwrap();
     let links = set_up_in(&scene.leaver);
-    assert_eq!(filters(&scene.leaver), 0);
     scene.kill_agent();
     assert_eq!(scene.call(&scene.leaver), Fate::Refused);
     scene.bed = scene.bed.with_agent_arguments(["--tc-filters"]);
@@ -369,4 +368,5 @@ fn links_and_filters_take_each_others_place() {
         set_up_in(&scene.leaver).is_empty()
     })
     .unwrap();
+    assert!(!tc(&scene.leaver, "qdisc show").contains("clsact"));
 }

@@ -327,17 +327,6 @@ impl Programs {
     }
 }
 
-/// Whether the clsact qdisc of an interface is of our making.
-pub fn has_own_qdisc(pins: &Path, index: u32) -> bool {
-    is_note(&pins.join(format!("{index}_{QDISC}")))
-}
-
-/// Forgets the clsact qdisc of an interface, which is gone.
-pub fn forget_qdisc(pins: &Path, index: u32) {
-    // A note that stays has a withdrawal look for a qdisc that isn't there.
-    let _ = fs::remove_file(pins.join(format!("{index}_{QDISC}")));
-}
-
 /// Detaches the links that are pinned in `pins`, whoever else holds them.
 pub fn detach_links(pins: &Path) {
     for entry in fs::read_dir(pins).into_iter().flatten().flatten() {

@@ -1,17 +1,13 @@
 //! The interfaces of a pod: programs are attached to each, filters first and links when the pod has
 //! lived for a while.
 
-use std::{
-    collections::{HashMap, HashSet},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use super::Inner;
 use crate::{
     model::InterfaceMode,
     steer::{
-        attach::{self, Attached, Hook},
+        attach::{Attached, Hook},
         network::{Interface, LOOPBACK},
         programs::ProgramsError,
     },
@@ -118,20 +114,17 @@ impl Inner {
     async fn replace_present_filters(self: &Arc<Self>) {
         let _turn = self.attacher.replacing.lock().await;
         let inner = Arc::clone(self);
-        let done = self.while_attaching(move || inner.replace_filters_now());
-        for index in done.await {
-            if attach::has_own_qdisc(&self.pins, index) && self.network.remove_qdisc(index).await {
-                attach::forget_qdisc(&self.pins, index);
-            }
-        }
+        // The qdisc stays until the withdrawal: to remove one, the kernel stops the interface for a
+        // moment and loses what is sent meanwhile, and a SYN is sent again only after a second.
+        self.while_attaching(move || inner.replace_filters_now())
+            .await;
         tokio::time::sleep(REST_OF_NETWORK).await;
     }
 
-    /// Returns the interfaces that have no filter any more.
-    fn replace_filters_now(&self) -> HashSet<u32> {
+    fn replace_filters_now(&self) {
         let filters = std::mem::take(&mut self.state().interfaces.filters);
-        let mut done: HashSet<u32> = filters.iter().map(|filter| filter.index).collect();
-        let entered = self.pod.netns.enter(&self.pod.home, || {
+        // A netns that can't be entered is about to go.
+        let _ = self.pod.netns.enter(&self.pod.home, || {
             for Filter {
                 hook,
                 interface,
@@ -144,12 +137,9 @@ impl Inner {
                 if let Err(error) = replaced {
                     // The filter does as well. It may also be gone with its interface.
                     tracing::info!(workload = %self.workload, %error, "a filter stays");
-                    done.remove(&index);
                 }
             }
         });
-        // A netns that can't be entered is about to go.
-        entered.map(|()| done).unwrap_or_default()
     }
 }
 

@@ -4,13 +4,14 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
 
 use std::{
+    fs,
     io::{ErrorKind, Read},
     net::TcpStream,
     sync::Arc,
     time::Duration,
 };
 
-use malla_testbed::{Capture, Fate, PORT, Pod, SECRET, Scene, eventually, say};
+use malla_testbed::{Capture, Fate, PORT, Pod, Process, SECRET, Scene, eventually, say};
 
 const LIMIT: Duration = Duration::from_secs(10);
 /// Five times what it may take.
@@ -94,6 +95,42 @@ fn what_outlives_the_limit_of_a_withdrawal_is_reset() {
     wait_plain(&scene.client);
     let log = scene.bed.agent(&scene.a).log();
     assert!(log.contains("error=\"withdrawn\""), "{log}");
+}
+
+/// Lets the threads that carry connections have what nobody else wants of their processor, and
+/// somebody want it all.
+fn starve_workers(scene: &Scene) -> Process {
+    let pid = scene.bed.agent(&scene.a).process().pid();
+    for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
+        let task = task.unwrap();
+        let name = fs::read_to_string(task.path().join("comm")).unwrap();
+        if name.starts_with("worker-") {
+            let thread = task.file_name().into_string().unwrap();
+            let idle = ["chrt", "--idle", "--pid", "0", &*thread];
+            scene.a.run(idle).unwrap();
+        }
+    }
+    let hog = ["sh", "-c", "while :; do :; done"];
+    scene.a.command(hog).on_cpu(0).spawn().unwrap()
+}
+
+#[test]
+fn steering_goes_only_when_the_last_connection_was_reset() {
+    let mut scene = Scene::new("", "").unwrap();
+    let arguments = ["--withdraw-limit", "1s"];
+    scene.bed = scene.bed.with_agent_arguments(arguments);
+    scene.bed = scene.bed.with_agents_on_cpu(0);
+    let node = Arc::clone(&scene.a);
+    scene.bed.upgrade_agent(&node).unwrap();
+    let live: Vec<_> = (0..50).flat_map(|_| open(&scene)).collect();
+    let _hog = starve_workers(&scene);
+    withdraw(&scene, &scene.client);
+    wait_plain(&scene.client);
+    for mut stream in live {
+        stream.set_nonblocking(true).unwrap();
+        let error = stream.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    }
 }
 
 #[test]

@@ -71,6 +71,7 @@ enum Command {
     },
     Remove {
         pod: u32,
+        done: oneshot::Sender<()>,
     },
     HandOver {
         pod: u32,
@@ -164,10 +165,18 @@ impl Workers {
         }
     }
 
-    /// Ends a pod's listeners, tunnels and connections.
+    /// Ends a pod's listeners, tunnels and connections. When this returns they are over, and their
+    /// apps have been told.
     pub async fn remove(&self, pod: &Pod) {
+        let mut ends = Vec::new();
         for worker in &self.commands {
-            let _ = worker.send(Command::Remove { pod: pod.id }).await;
+            let (done, end) = oneshot::channel();
+            let _ = worker.send(Command::Remove { pod: pod.id, done }).await;
+            ends.push(end);
+        }
+        for end in ends {
+            // A worker that has ended holds nothing.
+            let _ = end.await;
         }
     }
 
@@ -358,12 +367,13 @@ impl Worker {
                     }
                 }
             }
-            Command::Remove { pod } => {
+            Command::Remove { pod, done } => {
                 if let Some(context) = self.pods.borrow_mut().remove(&pod) {
                     context.withdrawn.set(true);
                     self.turns.remove(&context.tasks);
                 }
                 self.pool.remove_pod(pod);
+                let _ = done.send(());
             }
             Command::HandOver { pod } => {
                 if let Some(context) = self.pods.borrow().get(&pod) {

@@ -3,8 +3,8 @@
 //! A look reads `/proc/self/fd` and the sockets of the pods' netns, off the workers and off the
 //! control thread. It may take long on a large node (the kernel walks its whole table for each
 //! netns), so it asks pods in turn for a bounded time, and looks take at most one fiftieth of one
-//! processor: the more there is to look at, the rarer. Where something nobody entered is open, all
-//! pods are asked at once, to say whose.
+//! processor: the more there is to look at, the rarer. Where something is about to be told of, all
+//! pods are asked at once, to say whose it is.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -135,7 +135,8 @@ impl Shared {
 
     fn look(&self, served: &[Served]) {
         let began = processor_time();
-        let budget = (!self.seen().persistence.has_suspects()).then_some(ASKING);
+        let has_suspects = self.seen().persistence.has_suspects(Instant::now());
+        let budget = (!has_suspects).then_some(ASKING);
         match self.account(served, budget) {
             Ok(account) => self.conclude(served, &account),
             // Told once, until they can be again: it happens while all descriptors are in use.

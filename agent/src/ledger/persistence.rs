@@ -12,6 +12,9 @@ use super::{Difference, DifferenceKind};
 /// A difference that stays for so long is none of traffic's.
 const PERSISTENT: Duration = Duration::from_secs(10);
 
+/// How much earlier it is suspected: longer than a look takes.
+const MARGIN: Duration = Duration::from_secs(1);
+
 /// Since when each difference has been there, at each look.
 #[derive(Debug, Default)]
 pub struct Persistence(HashMap<Key, Instant>);
@@ -40,9 +43,10 @@ impl Persistence {
         since.map_or(Duration::ZERO, |since| now - *since)
     }
 
-    /// Whether something may become a difference that stays.
-    pub fn has_suspects(&self) -> bool {
-        !self.0.is_empty()
+    /// Whether something has been there for nearly as long as a difference that stays.
+    pub fn has_suspects(&self, now: Instant) -> bool {
+        let nearly = PERSISTENT.saturating_sub(MARGIN);
+        self.0.values().any(|since| now - *since >= nearly)
     }
 }
 
@@ -130,6 +134,14 @@ mod tests {
             assert_eq!(stay.first().map(|d| d.descriptor), leaked, "{second}");
             assert!(stay.len() <= 1);
         }
+    }
+
+    #[test]
+    fn what_has_just_come_is_no_suspect() {
+        let (start, mut persistence) = (Instant::now(), Persistence::default());
+        persistence.update(vec![socket(5, 1)], start);
+        assert!(!persistence.has_suspects(start + Duration::from_secs(8)));
+        assert!(persistence.has_suspects(start + Duration::from_secs(9)));
     }
 
     #[test]

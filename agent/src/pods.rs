@@ -182,7 +182,8 @@ impl Pods {
         self.failed.remove(&workload.id);
         let added = self.workers.add(enrolment.pod(), &workload, listeners);
         let connections = added.await;
-        tracing::info!(workload = %workload.id, identity = %workload.identity, ?took, "enrolled");
+        let took_ms = format_args!("{:.1}", took.as_secs_f64() * 1000.0);
+        tracing::info!(workload = %workload.id, identity = %workload.identity, took_ms, "enrolled");
         let id = workload.id.clone();
         let enrolled = Enrolled {
             workload,

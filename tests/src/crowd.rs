@@ -39,6 +39,15 @@ pub enum End {
     Stop,
 }
 
+/// How long a pod's enrolment took.
+#[derive(Debug, Clone, Copy)]
+pub struct Enrolled {
+    /// From the change of the file until the pod is steered.
+    pub from_outside: Duration,
+    /// The agent's own work.
+    pub work: Duration,
+}
+
 /// A node with many meshed pods, each of an account of its own, and a stranger with an echoing app.
 #[derive(Debug)]
 pub struct Crowd {
@@ -122,10 +131,9 @@ impl Crowd {
         })
     }
 
-    /// Lets so many pods join the mesh, one after the other. For each, the time from the change of
-    /// the file until it is steered.
-    pub fn enrol_one_by_one(&mut self, pods: usize) -> Result<Vec<Duration>> {
-        let mut times = Vec::new();
+    /// Lets so many pods join the mesh, one after the other.
+    pub fn enrol_one_by_one(&mut self, pods: usize) -> Result<Vec<Enrolled>> {
+        let mut all = Vec::new();
         for _ in 0..pods {
             // It stands before agents are told of it: to make it is none of their work.
             let pod = self
@@ -134,11 +142,38 @@ impl Crowd {
             let pod = pod.into_iter().next().context("no pod")?;
             let began = Instant::now();
             self.bed.write_mesh()?;
-            self.wait_steered(&pod)?;
-            times.push(began.elapsed());
+            while !self.is_steered(&pod) {
+                ensure!(began.elapsed() < LIMIT, "pod {} isn't steered", pod.name());
+                thread::sleep(Duration::from_micros(200));
+            }
+            let from_outside = began.elapsed();
+            self.wait_enrolled(&pod)?;
+            all.push(Enrolled {
+                from_outside,
+                work: self
+                    .work(&pod)
+                    .context("the agent doesn't say what it took")?,
+            });
             self.pods.push(pod);
         }
-        Ok(times)
+        Ok(all)
+    }
+
+    /// How long the agent says that it took to enrol a pod.
+    fn work(&self, pod: &Pod) -> Option<Duration> {
+        let log = self.agent().log();
+        let said = format!("workload=default/{} ", pod.name());
+        let line = log
+            .lines()
+            .find(|line| line.contains("\tenrolled\t") && line.contains(&said))?;
+        let (_, took) = line.split_once("took_ms=")?;
+        let took: f64 = took.split(' ').next()?.parse().ok()?;
+        Some(Duration::from_secs_f64(took / 1000.0))
+    }
+
+    fn wait_enrolled(&self, pod: &Pod) -> Result<()> {
+        let what = format!("the agent to say that pod {} is enrolled", pod.name());
+        eventually(&what, LIMIT, || self.work(pod).is_some())
     }
 
     /// Lets pods come and go, `rate` a second. Each lives for a second, or until it is steered if
@@ -177,17 +212,16 @@ impl Crowd {
 
     /// Waits until the agent has attached the last of its programs to a pod.
     pub fn wait_steered(&self, pod: &Pod) -> Result<()> {
-        let folder = self.node.bpffs().join("links/default").join(pod.name());
-        let is_steered = || {
-            let netnses = fs::read_dir(&folder).into_iter().flatten().flatten();
-            let mut pins =
-                netnses.flat_map(|netns| fs::read_dir(netns.path()).into_iter().flatten());
-            pins.any(|pin| {
-                pin.is_ok_and(|pin| pin.file_name().to_string_lossy().ends_with("_egress"))
-            })
-        };
         let what = format!("pod {} to be steered", pod.name());
-        eventually(&what, LIMIT, is_steered).with_context(|| self.agent().log_tail())
+        eventually(&what, LIMIT, || self.is_steered(pod)).with_context(|| self.agent().log_tail())
+    }
+
+    fn is_steered(&self, pod: &Pod) -> bool {
+        let folder = self.node.bpffs().join("links/default").join(pod.name());
+        let netnses = fs::read_dir(folder).into_iter().flatten().flatten();
+        let pins = netnses.flat_map(|netns| fs::read_dir(netns.path()));
+        let mut names = pins.flatten().flatten().map(|pin| pin.file_name());
+        names.any(|name| name.to_string_lossy().ends_with("_egress"))
     }
 }
 

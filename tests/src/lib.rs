@@ -66,7 +66,7 @@ pub use bed::Testbed;
 pub use bpf_objects::BpfObjects;
 pub use caller::{Caller, EchoApp, Fate, same_family, say};
 pub use capture::Capture;
-pub use crowd::{Crowd, End};
+pub use crowd::{Crowd, End, Enrolled};
 pub use descriptors::allow_many_descriptors;
 pub use forwarder::{Impairment, WireStats};
 pub use hello::Hello;

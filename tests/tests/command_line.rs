@@ -40,6 +40,9 @@ fn a_wrong_command_line_ends_with_one_clear_message() {
             "agent --config MESH --node a --log no=such=filter",
             "no=such=filter",
         ),
+        ("agent --cleanup --config MESH --node b", "[\"a\"]"),
+        ("agent --cleanup --config MESH --takeover", "cannot be used"),
+        ("agent --config MESH --node a --bpffs /x", "--cleanup"),
         ("agnet", "agent"),
         ("", "Usage"),
     ] {

@@ -3,6 +3,7 @@
 //! Machines differ by half in speed, and one machine from minute to minute. So scenarios take
 //! turns, round by round, and what counts is the ratio of two of them within a round.
 
+mod enrolment;
 mod haproxy;
 mod load;
 mod machine;
@@ -25,6 +26,7 @@ use malla_testbed::leftovers;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::{ebpf, interrupt, packages, shell, workspace};
+use enrolment::Amount;
 use load::{Load, Times};
 use machine::Machine;
 use results::{Outcome, Results};
@@ -67,7 +69,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         .filter(|scenario| options.only.is_empty() || options.only.contains(scenario))
         .collect();
     packages::ensure(packages::FOR_BENCH, "the bench")?;
-    let malla = if scenarios.contains(&Scenario::Malla) {
+    let agents = [Scenario::Malla, Scenario::Enrolment];
+    let malla = if agents.iter().any(|scenario| scenarios.contains(scenario)) {
         Some(agent_program()?)
     } else {
         None
@@ -77,10 +80,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         println!("Removed what an earlier run has left: {leftover}.");
     }
 
-    let (times, rounds) = if options.quick {
-        (Times::QUICK, 1)
+    let (times, amount, rounds) = if options.quick {
+        (Times::QUICK, Amount::QUICK, 1)
     } else {
-        (Times::FULL, options.rounds)
+        (Times::FULL, Amount::FULL, options.rounds)
     };
     let machine = Machine::of_this(malla.as_deref());
     println!("{machine}");
@@ -89,9 +92,14 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         for &scenario in &scenarios {
             interrupt::check()?;
             let started = Instant::now();
-            let set_up = || Scene::set_up(scenario, pins, malla.as_deref());
-            let outcome = measure(set_up, times, started + TURN_LIMIT)
-                .with_context(|| format!("{scenario}, round {round}"));
+            let outcome = if scenario == Scenario::Enrolment {
+                let malla = malla.as_deref().context("no agent to measure")?;
+                enrolment::measure(malla, amount)
+            } else {
+                let set_up = || Scene::set_up(scenario, pins, malla.as_deref());
+                measure(set_up, times, started + TURN_LIMIT)
+            };
+            let outcome = outcome.with_context(|| format!("{scenario}, round {round}"));
             interrupt::check()?;
             let seconds = started.elapsed().as_secs_f64();
             match &outcome {

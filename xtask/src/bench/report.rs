@@ -56,7 +56,11 @@ pub(super) fn table(results: &Results, scenarios: &[Scenario]) -> String {
         text += &format!("{:>17}", format!("{}/{}", short(*of), short(*to)));
     }
     text.push('\n');
-    for row in Row::ALL {
+    let has_figure = |row: &Row| {
+        let mut scenarios = scenarios.iter();
+        scenarios.any(|scenario| results.median(*scenario, *row).is_some())
+    };
+    for row in Row::ALL.into_iter().filter(has_figure) {
         text += &format!("{:34}", row.title());
         for scenario in scenarios {
             let figure = results.median(*scenario, row);

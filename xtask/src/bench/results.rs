@@ -14,10 +14,18 @@ pub(super) enum Row {
     Cpu,
     IdleMemory,
     ConnectionMemory,
+    EnrolMedian,
+    EnrolHigh,
+    JoinMedian,
+    JoinHigh,
+    Start,
+    RestartKilled,
+    RestartStopped,
+    ComeAndGo,
 }
 
 impl Row {
-    pub(super) const ALL: [Self; 7] = [
+    pub(super) const ALL: [Self; 15] = [
         Self::Requests32,
         Self::Requests256,
         Self::NewConnections,
@@ -25,6 +33,14 @@ impl Row {
         Self::Cpu,
         Self::IdleMemory,
         Self::ConnectionMemory,
+        Self::EnrolMedian,
+        Self::EnrolHigh,
+        Self::JoinMedian,
+        Self::JoinHigh,
+        Self::Start,
+        Self::RestartKilled,
+        Self::RestartStopped,
+        Self::ComeAndGo,
     ];
 
     /// Its name in JSON, with its unit.
@@ -37,6 +53,14 @@ impl Row {
             Self::Cpu => "proxies_cpu_seconds_per_100k_requests",
             Self::IdleMemory => "proxies_idle_bytes",
             Self::ConnectionMemory => "proxies_bytes_per_idle_connection",
+            Self::EnrolMedian => "enrolment_milliseconds_median",
+            Self::EnrolHigh => "enrolment_milliseconds_p99",
+            Self::JoinMedian => "file_changed_to_steered_milliseconds_median",
+            Self::JoinHigh => "file_changed_to_steered_milliseconds_p99",
+            Self::Start => "seconds_to_ready_with_200_pods",
+            Self::RestartKilled => "seconds_to_serve_200_pods_after_kill",
+            Self::RestartStopped => "seconds_to_serve_200_pods_after_stop",
+            Self::ComeAndGo => "pods_per_second_come_and_go",
         }
     }
 
@@ -49,6 +73,14 @@ impl Row {
             Self::Cpu => "proxies' CPU s per 100k requests",
             Self::IdleMemory => "proxies' memory idle, MiB",
             Self::ConnectionMemory => "  per idle connection, KiB",
+            Self::EnrolMedian => "ms to enrol a pod, median",
+            Self::EnrolHigh => "  99th percentile",
+            Self::JoinMedian => "ms from file to steered, median",
+            Self::JoinHigh => "  99th percentile",
+            Self::Start => "s to start with 200 pods",
+            Self::RestartKilled => "s to serve 200 after kill -9",
+            Self::RestartStopped => "s to serve 200 after SIGTERM",
+            Self::ComeAndGo => "pods/s come and go, of 50",
         }
     }
 
@@ -56,7 +88,14 @@ impl Row {
     pub(super) fn show(self, figure: f64) -> String {
         match self {
             Self::Requests32 | Self::Requests256 | Self::NewConnections => format!("{figure:.0}"),
-            Self::Bulk | Self::Cpu => format!("{figure:.2}"),
+            Self::Bulk | Self::Cpu | Self::Start | Self::RestartKilled | Self::RestartStopped => {
+                format!("{figure:.2}")
+            }
+            Self::EnrolMedian
+            | Self::EnrolHigh
+            | Self::JoinMedian
+            | Self::JoinHigh
+            | Self::ComeAndGo => format!("{figure:.1}"),
             Self::IdleMemory => format!("{:.1}", figure / 1024.0 / 1024.0),
             Self::ConnectionMemory => format!("{:.1}", figure / 1024.0),
         }

@@ -13,16 +13,24 @@ pub(super) enum Scenario {
     HaproxyTcpMtls,
     /// Two agents.
     Malla,
+    /// One agent and many pods: how long it takes to have them.
+    Enrolment,
 }
 
 impl Scenario {
-    pub(super) const ALL: [Self; 3] = [Self::Direct, Self::HaproxyTcpMtls, Self::Malla];
+    pub(super) const ALL: [Self; 4] = [
+        Self::Direct,
+        Self::HaproxyTcpMtls,
+        Self::Malla,
+        Self::Enrolment,
+    ];
 
     pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Direct => "direct",
             Self::HaproxyTcpMtls => "haproxy-tcp-mtls",
             Self::Malla => "malla",
+            Self::Enrolment => "enrolment",
         }
     }
 }

@@ -64,7 +64,7 @@ impl Scene {
         let mut bed = Testbed::new("bench")?.with_agents_on_cpu(pins.proxies);
         let nodes = [bed.node("a")?, bed.node("b")?];
         let spec = |name| match scenario {
-            Scenario::Malla => PodSpec::new(name),
+            Scenario::Malla | Scenario::Enrolment => PodSpec::new(name),
             Scenario::Direct | Scenario::HaproxyTcpMtls => PodSpec::new(name).unlisted(),
         };
         let client = bed.pod(&nodes[0], spec("client"))?;
@@ -80,7 +80,7 @@ impl Scene {
                 programs.extend(pair);
                 proxies
             }
-            Scenario::Malla => {
+            Scenario::Malla | Scenario::Enrolment => {
                 bed = bed.with_agent_program(malla.context("no agent to measure")?);
                 bed.start_agents()?;
                 let pid = |node| bed.agent(node).process().pid();

@@ -22,6 +22,7 @@ use tokio::{
 };
 
 use crate::{
+    audits::Audits,
     config,
     discovery::{self, Discovery},
     identity::{Certificates, EmbeddedAuthority},
@@ -132,6 +133,7 @@ struct Agent {
     status: watch::Receiver<discovery::Status>,
     steered: ReadinessTask,
     report: Report,
+    audits: Audits,
     mesh_status: config::MeshStatus,
     reconciler: Reconciler,
 }
@@ -190,6 +192,7 @@ impl Agent {
             metrics,
         };
         let report = Report::new(Arc::clone(&shared.metrics), readiness);
+        let audits = Audits::new(Arc::clone(&shared.metrics));
         let handles = (0..workers)
             .map(|_| steering.worker_handles())
             .collect::<Result<Vec<_>, _>>()?;
@@ -210,6 +213,7 @@ impl Agent {
             status: discovery.status(),
             steered,
             report,
+            audits,
             mesh_status: config::MeshStatus::new(options.config.clone()),
             reconciler,
         })
@@ -272,14 +276,12 @@ impl Agent {
                 () = sleep_until(audit_at) => {
                     audit_at = None;
                     let found = self.pods.audit_touched(&current).await;
-                    self.report.audit(&found);
+                    self.audits.found(found);
                 }
                 _ = audit.tick() => {
                     let started = Instant::now();
                     let found = self.pods.audit().await;
-                    self.report.audit(&found);
-                    self.report.forget_healed(&found);
-                    self.shared.metrics.steering().audited(started.elapsed());
+                    self.audits.whole(found, started.elapsed());
                 }
                 _ = superseded.tick() => {
                     if self.pods.steering.is_superseded() {
@@ -317,6 +319,7 @@ impl Agent {
             self.node.clone(),
             self.mesh_status.clone(),
             config::certificates(&self.shared.certificates),
+            self.audits.section(),
             &self.pods,
             served.clone(),
         );

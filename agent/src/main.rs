@@ -1,6 +1,7 @@
 //! `malla`: the agent and its command line.
 
 mod agent;
+mod audits;
 mod cleanup;
 mod cli;
 mod config;

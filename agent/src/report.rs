@@ -1,10 +1,9 @@
-//! What the agent looks at and tells: certificates, degraded pods, its own cgroup, what an audit
-//! found.
+//! What the agent looks at and tells each second: certificates, degraded pods, its own cgroup.
 //!
 //! A state is logged when it begins and when it ends; the metrics have it all the time.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap},
     sync::Arc,
     time::SystemTime,
 };
@@ -12,7 +11,7 @@ use std::{
 use crate::{
     identity::Certificates,
     model::WorkloadId,
-    steer::{Degradation, Difference, Enrolment, Kind, Steering},
+    steer::{Degradation, Enrolment, Steering},
     telemetry::{Metrics, Readiness, ReadinessTask},
 };
 
@@ -22,22 +21,17 @@ pub struct Report {
     degraded: HashMap<WorkloadId, BTreeMap<Degradation, String>>,
     own_cgroup: ReadinessTask,
     foreign_cgroup: Option<String>,
-    /// Differences that couldn't be put right.
-    unhealed: HashSet<(Option<WorkloadId>, Kind, String)>,
 }
 
 impl Report {
     pub fn new(metrics: Arc<Metrics>, readiness: &Readiness) -> Self {
         let own_cgroup = readiness.register("cgroup");
         own_cgroup.done();
-        let kinds = Kind::ALL.into_iter().map(Kind::as_str);
-        metrics.steering().describe_audit(kinds);
         Self {
             metrics,
             degraded: HashMap::new(),
             own_cgroup,
             foreign_cgroup: None,
-            unhealed: HashSet::new(),
         }
     }
 
@@ -105,47 +99,5 @@ impl Report {
         }
         self.metrics.steering().set_cgroup_left(now.is_some());
         self.foreign_cgroup = now;
-    }
-
-    /// What an audit found. What it couldn't put right is told once, until it is.
-    pub fn audit(&mut self, found: &[Difference]) {
-        for difference in found {
-            let Difference { kind, what, .. } = difference;
-            let workload = difference.workload.as_ref().map(tracing::field::display);
-            let kind_word = kind.as_str();
-            let key = (difference.workload.clone(), *kind, what.clone());
-            let Some(failure) = &difference.failure else {
-                self.metrics.steering().audit_difference(kind_word, true);
-                tracing::warn!(
-                    workload,
-                    kind = kind_word,
-                    what,
-                    "an audit found a difference and put it right"
-                );
-                continue;
-            };
-            if self.unhealed.insert(key) {
-                self.metrics.steering().audit_difference(kind_word, false);
-                tracing::error!(
-                    workload,
-                    kind = kind_word,
-                    what,
-                    failure,
-                    "an audit found a difference that can't be put right"
-                );
-            }
-        }
-    }
-
-    /// Forgets what the last whole audit didn't find any more.
-    pub fn forget_healed(&mut self, found: &[Difference]) {
-        self.unhealed.retain(|(workload, kind, what)| {
-            found.iter().any(|difference| {
-                difference.failure.is_some()
-                    && difference.workload == *workload
-                    && difference.kind == *kind
-                    && difference.what == *what
-            })
-        });
     }
 }

@@ -61,6 +61,11 @@ impl Broken {
         let agent = self.scene.bed.agent(&self.scene.a).process();
         let told = format!("put it right\tworkload=default/client kind=\"{kind}\"");
         agent.wait_for_log(&told, HEALED).unwrap();
+        let audit = self.scene.a.config().unwrap()["audit"].clone();
+        let recent = audit["recent"].as_array().unwrap();
+        let is_told =
+            |found: &serde_json::Value| found["kind"] == kind && found["failure"].is_null();
+        assert!(recent.iter().any(is_told), "{audit}");
         self.meshed();
     }
 

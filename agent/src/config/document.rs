@@ -28,6 +28,7 @@ pub struct Document {
     pub tunnels: Vec<Tunnel>,
     pub certificates: Certificates,
     pub ledger: Ledger,
+    pub audit: Audit,
 }
 
 /// How the mesh file was read.
@@ -205,6 +206,40 @@ pub struct AuthorityPart {
     pub path: PathBuf,
     #[serde(serialize_with = "time")]
     pub expires: SystemTime,
+}
+
+/// What audits have found, which compare what the kernel has with what the agent believes.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Audit {
+    pub last_whole: Option<WholeAudit>,
+    /// Differences that stand because they couldn't be put right.
+    pub unhealed: usize,
+    /// The last differences, the newest at the end.
+    pub recent: Vec<AuditDifference>,
+}
+
+/// An audit of everything.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WholeAudit {
+    #[serde(serialize_with = "time")]
+    pub ended: SystemTime,
+    pub took_seconds: f64,
+}
+
+/// A difference that an audit found.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AuditDifference {
+    #[serde(serialize_with = "time")]
+    pub at: SystemTime,
+    /// None: it is the node's.
+    pub workload: Option<String>,
+    pub kind: &'static str,
+    pub what: String,
+    /// Why it couldn't be put right.
+    pub failure: Option<String>,
 }
 
 /// What the agent has open, and what the kernel says of it.

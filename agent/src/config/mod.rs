@@ -25,7 +25,7 @@ use crate::{
     telemetry::{Admin, Role, only_get, serve_http, text},
 };
 
-pub use document::Document;
+pub use document::{Audit, AuditDifference, Document, WholeAudit};
 pub use sections::{MeshStatus, Sections, certificates};
 pub use socket::Folder;
 

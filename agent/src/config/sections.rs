@@ -10,7 +10,7 @@ use std::{
 use tokio::{task::JoinError, time::Instant};
 
 use super::document::{
-    AuthorityPart, Certificate, Certificates, Degraded, Descriptors, Difference, Document,
+    Audit, AuthorityPart, Certificate, Certificates, Degraded, Descriptors, Difference, Document,
     Interface, Ledger, ListenerPorts, MeshFile, Refusal, Refused, Sockets, SocketsDifference,
     Tunnel, Workload, WorkloadLedger,
 };
@@ -73,6 +73,7 @@ pub struct Sections {
     pub node: String,
     pub mesh: MeshStatus,
     pub certificates: Certificates,
+    pub audit: Audit,
     workloads: Vec<Workload>,
     refused: Vec<Refused>,
     served: Vec<Served>,
@@ -83,6 +84,7 @@ impl Sections {
         node: String,
         mesh: MeshStatus,
         certificates: Certificates,
+        audit: Audit,
         pods: &Pods,
         served: Vec<Served>,
     ) -> Self {
@@ -94,6 +96,7 @@ impl Sections {
             node,
             mesh,
             certificates,
+            audit,
             workloads: workloads(pods),
             refused: refused.collect(),
             served,
@@ -136,6 +139,7 @@ impl Sections {
                     failure: Some(error.to_string()),
                 },
             },
+            audit: self.audit,
         }
     }
 }

@@ -192,6 +192,18 @@ impl Pod {
         Capture::start(&self.netns, "eth0")
     }
 
+    /// Whether no TC filter hangs on its interfaces: its agent's programs hang on links, or there
+    /// are none.
+    pub fn has_no_filters(&self) -> Result<bool> {
+        for (interface, hook) in [("lo", "ingress"), ("eth0", "ingress"), ("eth0", "egress")] {
+            let filters = ["tc", "filter", "show", "dev", interface, hook];
+            if !self.run(filters)?.stdout.trim().is_empty() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Sends packets of one's own making from the pod.
     pub fn raw_sender(&self) -> Result<RawSender<'_>> {
         RawSender::new(&self.netns)

@@ -129,10 +129,8 @@ fn a_cleanup_after_a_kill_leaves_pods_as_they_were_before_their_enrolment() {
         scene.bed.start_agents().unwrap();
         if has_links {
             eventually("links", LIMIT, || {
-                scene.pods.iter().all(|pod| {
-                    let qdiscs = pod.run(["tc", "qdisc", "show"]).unwrap();
-                    !qdiscs.stdout.contains("clsact")
-                })
+                let mut pods = scene.pods.iter();
+                pods.all(|pod| pod.has_no_filters().unwrap())
             })
             .unwrap();
         }

@@ -28,11 +28,7 @@ fn assert_enrolled(crowd: &Crowd, pods: usize) {
 /// Waits until links stand in the place of all filters, and nothing changes any more by itself.
 fn wait_settled(crowd: &Crowd) {
     eventually("links in the place of filters", LIMIT, || {
-        let has_links = |pod: &malla_testbed::Pod| {
-            let qdiscs = pod.run(["tc", "qdisc", "show"]).unwrap().stdout;
-            !qdiscs.contains("clsact")
-        };
-        crowd.pods.iter().all(|pod| has_links(pod))
+        crowd.pods.iter().all(|pod| pod.has_no_filters().unwrap())
     })
     .unwrap();
 }

@@ -122,7 +122,7 @@ fn steering_goes_only_when_the_last_connection_was_reset() {
     scene.bed = scene.bed.with_agents_on_cpu(0);
     let node = Arc::clone(&scene.a);
     scene.bed.upgrade_agent(&node).unwrap();
-    let live: Vec<_> = (0..50).flat_map(|_| open(&scene)).collect();
+    let live: Vec<_> = (0..10).flat_map(|_| open(&scene)).collect();
     let _hog = starve_workers(&scene);
     withdraw(&scene, &scene.client);
     wait_plain(&scene.client);

@@ -4,6 +4,7 @@
 //! turns, round by round, and what counts is the ratio of two of them within a round.
 
 mod enrolment;
+mod flood;
 mod haproxy;
 mod load;
 mod machine;
@@ -69,8 +70,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         .filter(|scenario| options.only.is_empty() || options.only.contains(scenario))
         .collect();
     packages::ensure(packages::FOR_BENCH, "the bench")?;
-    let agents = [Scenario::Malla, Scenario::Enrolment];
-    let malla = if agents.iter().any(|scenario| scenarios.contains(scenario)) {
+    let malla = if scenarios.iter().any(|scenario| scenario.has_agent()) {
         Some(agent_program()?)
     } else {
         None
@@ -92,12 +92,17 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         for &scenario in &scenarios {
             interrupt::check()?;
             let started = Instant::now();
-            let outcome = if scenario == Scenario::Enrolment {
-                let malla = malla.as_deref().context("no agent to measure")?;
-                enrolment::measure(malla, amount)
-            } else {
-                let set_up = || Scene::set_up(scenario, pins, malla.as_deref());
-                measure(set_up, times, started + TURN_LIMIT)
+            let agent = || malla.as_deref().context("no agent to measure");
+            let outcome = match scenario {
+                Scenario::Enrolment => agent().and_then(|malla| enrolment::measure(malla, amount)),
+                Scenario::FloodUnmeshed | Scenario::FloodMeshed => {
+                    let meshed = scenario == Scenario::FloodMeshed;
+                    agent().and_then(|malla| flood::measure(malla, pins, meshed))
+                }
+                Scenario::Direct | Scenario::HaproxyTcpMtls | Scenario::Malla => {
+                    let set_up = || Scene::set_up(scenario, pins, malla.as_deref());
+                    measure(set_up, times, started + TURN_LIMIT)
+                }
             };
             let outcome = outcome.with_context(|| format!("{scenario}, round {round}"));
             interrupt::check()?;

@@ -22,10 +22,11 @@ pub(super) enum Row {
     RestartKilled,
     RestartStopped,
     ComeAndGo,
+    FloodHigh,
 }
 
 impl Row {
-    pub(super) const ALL: [Self; 15] = [
+    pub(super) const ALL: [Self; 16] = [
         Self::Requests32,
         Self::Requests256,
         Self::NewConnections,
@@ -41,6 +42,7 @@ impl Row {
         Self::RestartKilled,
         Self::RestartStopped,
         Self::ComeAndGo,
+        Self::FloodHigh,
     ];
 
     /// Its name in JSON, with its unit.
@@ -61,6 +63,7 @@ impl Row {
             Self::RestartKilled => "seconds_to_serve_200_pods_after_kill",
             Self::RestartStopped => "seconds_to_serve_200_pods_after_stop",
             Self::ComeAndGo => "pods_per_second_come_and_go",
+            Self::FloodHigh => "answer_milliseconds_p99_beside_a_flood",
         }
     }
 
@@ -80,6 +83,7 @@ impl Row {
             Self::RestartKilled => "s to serve 200 after kill -9",
             Self::RestartStopped => "s to serve 200 after SIGTERM",
             Self::ComeAndGo => "pods/s come and go, of 50",
+            Self::FloodHigh => "ms to answer beside a flood, p99",
         }
     }
 
@@ -94,7 +98,8 @@ impl Row {
             | Self::EnrolHigh
             | Self::JoinMedian
             | Self::JoinHigh
-            | Self::ComeAndGo => format!("{figure:.1}"),
+            | Self::ComeAndGo
+            | Self::FloodHigh => format!("{figure:.1}"),
             Self::IdleMemory => format!("{:.1}", figure / 1024.0 / 1024.0),
             Self::ConnectionMemory => format!("{:.1}", figure / 1024.0),
         }
@@ -156,7 +161,7 @@ impl Results {
     }
 }
 
-fn median(figures: impl Iterator<Item = f64>) -> Option<f64> {
+pub(super) fn median(figures: impl Iterator<Item = f64>) -> Option<f64> {
     let mut figures: Vec<f64> = figures.collect();
     figures.sort_by(f64::total_cmp);
     let middle = figures.len() / 2;

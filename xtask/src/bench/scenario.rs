@@ -15,15 +15,27 @@ pub(super) enum Scenario {
     Malla,
     /// One agent and many pods: how long it takes to have them.
     Enrolment,
+    /// A meshed client and server, while another pod of the server's node is flooded that isn't
+    /// meshed.
+    FloodUnmeshed,
+    /// The same, and the flooded pod is meshed too.
+    FloodMeshed,
 }
 
 impl Scenario {
-    pub(super) const ALL: [Self; 4] = [
+    pub(super) const ALL: [Self; 6] = [
         Self::Direct,
         Self::HaproxyTcpMtls,
         Self::Malla,
         Self::Enrolment,
+        Self::FloodUnmeshed,
+        Self::FloodMeshed,
     ];
+
+    /// Whether it needs the agent.
+    pub(super) fn has_agent(self) -> bool {
+        !matches!(self, Self::Direct | Self::HaproxyTcpMtls)
+    }
 
     pub(super) const fn name(self) -> &'static str {
         match self {
@@ -31,6 +43,8 @@ impl Scenario {
             Self::HaproxyTcpMtls => "haproxy-tcp-mtls",
             Self::Malla => "malla",
             Self::Enrolment => "enrolment",
+            Self::FloodUnmeshed => "flood-unmeshed",
+            Self::FloodMeshed => "flood-meshed",
         }
     }
 }

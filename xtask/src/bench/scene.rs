@@ -64,8 +64,8 @@ impl Scene {
         let mut bed = Testbed::new("bench")?.with_agents_on_cpu(pins.proxies);
         let nodes = [bed.node("a")?, bed.node("b")?];
         let spec = |name| match scenario {
-            Scenario::Malla | Scenario::Enrolment => PodSpec::new(name),
             Scenario::Direct | Scenario::HaproxyTcpMtls => PodSpec::new(name).unlisted(),
+            _ => PodSpec::new(name),
         };
         let client = bed.pod(&nodes[0], spec("client"))?;
         let server = bed.pod(&nodes[1], spec("server").port(WEB).port(BULK))?;
@@ -80,7 +80,7 @@ impl Scene {
                 programs.extend(pair);
                 proxies
             }
-            Scenario::Malla | Scenario::Enrolment => {
+            _ => {
                 bed = bed.with_agent_program(malla.context("no agent to measure")?);
                 bed.start_agents()?;
                 let pid = |node| bed.agent(node).process().pid();
@@ -107,23 +107,25 @@ impl Scene {
 
 /// Starts nginx and an iperf3 server.
 fn serve(server: &Pod, folder: &Path, pins: Pins) -> Result<Vec<Process>> {
-    let root = folder.join("nginx");
-    fs::create_dir(&root)?;
+    let web = serve_web(server, folder, pins)?;
+    let iperf = ["iperf3".to_owned(), "-s".to_owned(), format!("-p{BULK}")];
+    let bulk = server.command(iperf).on_cpu(pins.ends).spawn()?;
+    server.wait_listening(BULK).with_context(|| bulk.log())?;
+    Ok(vec![web, bulk])
+}
+
+/// Starts nginx.
+pub(super) fn serve_web(server: &Pod, folder: &Path, pins: Pins) -> Result<Process> {
+    let folder = folder.join(format!("nginx-{}", server.name()));
+    let root = folder.join("root");
+    fs::create_dir_all(&root)?;
     fs::write(root.join("index.html"), "x".repeat(BODY))?;
     let file = folder.join("nginx.conf");
-    fs::write(&file, nginx_config(folder, &root))?;
+    fs::write(&file, nginx_config(&folder, &root))?;
     let nginx = ["nginx".as_ref(), "-c".as_ref(), file.as_os_str()];
-    let iperf = ["iperf3".to_owned(), "-s".to_owned(), format!("-p{BULK}")];
-    let programs = [server.command(nginx), server.command(iperf)];
-    let programs: Result<Vec<Process>> = programs
-        .into_iter()
-        .map(|program| program.on_cpu(pins.ends).spawn())
-        .collect();
-    let programs = programs?;
-    for (program, port) in programs.iter().zip([WEB, BULK]) {
-        server.wait_listening(port).with_context(|| program.log())?;
-    }
-    Ok(programs)
+    let nginx = server.command(nginx).on_cpu(pins.ends).spawn()?;
+    server.wait_listening(WEB).with_context(|| nginx.log())?;
+    Ok(nginx)
 }
 
 /// One worker that does nothing but answer: no access log, no end of a connection but the

@@ -1,6 +1,6 @@
 //! What is remembered of one connection: its metrics and, at its end, its line in the access log.
 
-use std::{cell::Cell, net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
+use std::{cell::Cell, net::SocketAddr, rc::Rc, sync::Arc};
 
 use malla_common::Reason;
 
@@ -28,7 +28,6 @@ pub(super) struct Record {
     destination: SocketAddr,
     /// The authority of the CONNECT.
     tunnelled: Option<SocketAddr>,
-    began: Instant,
     from_client: Cell<u64>,
     from_server: Cell<u64>,
 }
@@ -59,7 +58,6 @@ impl Record {
             client: ends.client,
             destination: ends.destination,
             tunnelled: ends.tunnelled,
-            began: Instant::now(),
             from_client: Cell::new(0),
             from_server: Cell::new(0),
         }
@@ -134,7 +132,7 @@ impl Record {
             service: None,
             bytes_sent: sent.get(),
             bytes_received: received.get(),
-            duration: self.began.elapsed(),
+            duration: self.metrics.age(),
             error,
         }
         .write();

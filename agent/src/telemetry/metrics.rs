@@ -96,7 +96,9 @@ impl Metrics {
         let read = Arc::clone(&transports);
         attach(
             &registry,
-            Sampled::new(&transport::FAMILIES, move || read.families(Instant::now())),
+            Sampled::new(&transport::described(), move || {
+                read.families(Instant::now())
+            }),
         );
         let kernel = Arc::<Mutex<kernel::Slot>>::default();
         let read = Arc::clone(&kernel);

@@ -14,10 +14,12 @@
 //! are `unknown`.
 //!
 //! As with Linkerd's proxies, a scrape drops a series after it stood still for ten minutes without
-//! a connection, so the series of a pod that is gone go too. At most [`series::MAX_SERIES`] stand at a
-//! time; what is beyond them is summed, for each reporting workload, under the other end `other`.
+//! a connection, so the series of a pod that is gone go too. A scrape has at most
+//! [`series::MAX_LINES`] lines of them, and [`series::MAX_OF_ONE`] series of one workload; what is
+//! beyond is summed, for each reporting workload, under the other end `other`.
 
 mod key;
+mod reporter;
 mod series;
 
 use std::{
@@ -27,6 +29,7 @@ use std::{
     hash::{Hash, Hasher},
     io, ptr,
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use malla_common::Reason;
@@ -35,7 +38,7 @@ use nix::errno::Errno;
 use super::Direction;
 use crate::model::{SpiffeId, Workload};
 use series::Series;
-pub(super) use series::{FAMILIES, Transports};
+pub(super) use series::{Transports, described};
 
 /// The series that a worker remembers. Beyond it, the worker forgets all and begins anew.
 const MAX_REMEMBERED: usize = 4096;
@@ -220,6 +223,7 @@ impl fmt::Debug for WorkerMetrics {
 #[derive(Debug)]
 pub struct ConnectionMetrics {
     series: Arc<Series>,
+    began: Instant,
     dialled: Cell<bool>,
     closed: Cell<bool>,
 }
@@ -229,9 +233,15 @@ impl ConnectionMetrics {
     fn of(series: Arc<Series>) -> Self {
         Self {
             series,
+            began: Instant::now(),
             dialled: Cell::new(false),
             closed: Cell::new(false),
         }
+    }
+
+    /// How long ago the connection was accepted.
+    pub fn age(&self) -> Duration {
+        self.began.elapsed()
     }
 
     /// The destination is connected: the second transport opens.
@@ -269,6 +279,9 @@ impl ConnectionMetrics {
             self.series.counters(Peer::Dst).closed(failure);
         }
         self.series.counters(Peer::Src).closed(failure);
+        let reason = failure.map(|failure| failure.reason);
+        let seconds = self.age().as_secs_f64();
+        self.series.reporter().ended(seconds, reason);
         self.series.leave();
     }
 }

@@ -55,6 +55,21 @@ impl End {
     }
 }
 
+/// A workload that reports connections, and their direction.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct ReporterKey {
+    pub(super) direction: Direction,
+    reporter: End,
+}
+
+impl ReporterKey {
+    /// Namespace and name.
+    pub(super) fn pod(&self) -> (&str, &str) {
+        let End([namespace, pod, _]) = &self.reporter;
+        (namespace, pod)
+    }
+}
+
 /// All that tells a series from others.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Key {
@@ -85,6 +100,13 @@ impl Key {
             target_port: Some(labels.target_port),
             identity: identity.map(SpiffeId::to_string),
             no_tls,
+        }
+    }
+
+    pub(super) fn reporter(&self) -> ReporterKey {
+        ReporterKey {
+            direction: self.direction,
+            reporter: self.reporter.clone(),
         }
     }
 

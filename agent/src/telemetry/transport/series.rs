@@ -18,15 +18,23 @@ use prometheus::proto::{LabelPair, Metric, MetricFamily, MetricType};
 
 use super::{
     ConnectionLabels, Failure, Peer,
-    key::{Key, LABELS},
+    key::{Key, LABELS, ReporterKey},
+    reporter::{self, Reporter},
 };
 use crate::telemetry::{
     collector::{Family, label},
     errno_label,
 };
 
-/// The series that may stand at a time. A port scan makes one a port.
-pub(super) const MAX_SERIES: usize = 10_000;
+/// The lines that a scrape may have of connections. A port scan makes some for each port.
+pub(super) const MAX_LINES: usize = 20_000;
+
+/// The lines of one series: five families of two transports, and two kinds of failure.
+const LINES: usize = 12;
+
+/// The series that one reporting workload may have in a direction, so that one's port scan doesn't
+/// leave the others without: half of all.
+pub(super) const MAX_OF_ONE: usize = MAX_LINES / LINES / 2;
 
 /// How long a series without connections may stand still before a scrape drops it.
 const RETAIN_IDLE: Duration = Duration::from_mins(10);
@@ -52,7 +60,7 @@ const CLOSE_LABELS: &[&str] = &[
     "tls",
 ];
 
-pub(in crate::telemetry) const FAMILIES: [Family; 5] = [
+const FAMILIES: [Family; 5] = [
     Family {
         name: "tcp_open_total",
         help: "Transports opened.",
@@ -160,9 +168,15 @@ impl Counters {
     }
 }
 
+/// Every family that [`Transports::families`] may have.
+pub(in crate::telemetry) fn described() -> Vec<Family> {
+    [&FAMILIES[..], &reporter::FAMILIES].concat()
+}
+
 /// The counters of all connections with the same labels.
 #[derive(Debug, Default)]
 pub(super) struct Series {
+    reporter: Arc<Reporter>,
     src: Counters,
     dst: Counters,
     /// Connections that count here and haven't ended.
@@ -185,6 +199,10 @@ impl Series {
 
     pub(super) fn leave(&self) {
         self.connections.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    pub(super) fn reporter(&self) -> &Reporter {
+        &self.reporter
     }
 
     pub(super) fn counters(&self, peer: Peer) -> &Counters {
@@ -213,42 +231,42 @@ struct Entry {
     changed: Instant,
 }
 
-/// All series.
 #[derive(Default)]
-pub(in crate::telemetry) struct Transports {
-    entries: Mutex<HashMap<Key, Entry>>,
+struct Entries {
+    series: HashMap<Key, Entry>,
+    reporters: HashMap<ReporterKey, (Arc<Reporter>, usize)>,
 }
 
-impl Transports {
-    /// Finds or makes the series of `labels`, and enters it.
-    pub(super) fn enter(&self, labels: &ConnectionLabels) -> Arc<Series> {
-        let mut key = Key::of(labels);
-        let mut entries = lock(&self.entries);
-        if entries.len() >= MAX_SERIES && !entries.contains_key(&key) {
-            key = key.summed();
-        }
-        let entry = entries.entry(key).or_insert_with(|| Entry {
-            series: Arc::default(),
-            activity: 0,
-            changed: Instant::now(),
-        });
-        let entered = entry.series.enter();
-        // Series are retired under the lock that is held here, and leave the map with it.
-        debug_assert!(entered, "a retired series is never in the map");
-        Arc::clone(&entry.series)
+impl Entries {
+    /// Whether a new series would make the scrape, or its reporter's part of it, too long.
+    fn is_full(&self, reporter: &ReporterKey) -> bool {
+        let lines = self.series.len() * LINES + self.reporters.len() * reporter::LINES;
+        let series = self
+            .reporters
+            .get(reporter)
+            .map_or(0, |(_, series)| *series);
+        lines + LINES + reporter::LINES > MAX_LINES || series >= MAX_OF_ONE
     }
 
-    /// Reads every series at the time `now`, then drops those that are idle.
-    pub(in crate::telemetry) fn families(&self, now: Instant) -> Vec<MetricFamily> {
-        let mut samples: [Vec<Metric>; 5] = Default::default();
-        let mut entries = lock(&self.entries);
-        for (key, entry) in entries.iter() {
-            for peer in [Peer::Src, Peer::Dst] {
-                let counters = entry.series.counters(peer);
-                counters.sample(&key.labels(peer), &mut samples);
-            }
-        }
-        entries.retain(|_, entry| {
+    fn insert(&mut self, key: Key) -> Arc<Series> {
+        let (reporter, count) = self.reporters.entry(key.reporter()).or_default();
+        *count += 1;
+        let series = Arc::new(Series {
+            reporter: Arc::clone(reporter),
+            ..Series::default()
+        });
+        let entry = Entry {
+            series: Arc::clone(&series),
+            activity: 0,
+            changed: Instant::now(),
+        };
+        self.series.insert(key, entry);
+        series
+    }
+
+    /// Forgets what has stood still for too long at the time `now`.
+    fn retire(&mut self, now: Instant) {
+        self.series.retain(|key, entry| {
             let activity = [Peer::Src, Peer::Dst].map(|p| entry.series.counters(p).activity());
             let activity = activity[0].wrapping_add(activity[1]);
             let in_use = entry.series.connections.load(Ordering::Relaxed) > 0;
@@ -256,13 +274,60 @@ impl Transports {
                 entry.activity = activity;
                 entry.changed = now;
             }
-            now.duration_since(entry.changed) < RETAIN_IDLE || !entry.series.retire()
+            let stays = now.duration_since(entry.changed) < RETAIN_IDLE || !entry.series.retire();
+            if !stays && let Some((_, count)) = self.reporters.get_mut(&key.reporter()) {
+                *count -= 1;
+            }
+            stays
         });
+        self.reporters.retain(|_, (_, series)| *series > 0);
+    }
+}
+
+/// All series.
+#[derive(Default)]
+pub(in crate::telemetry) struct Transports {
+    entries: Mutex<Entries>,
+}
+
+impl Transports {
+    /// Finds or makes the series of `labels`, and enters it.
+    pub(super) fn enter(&self, labels: &ConnectionLabels) -> Arc<Series> {
+        let mut key = Key::of(labels);
+        let mut entries = lock(&self.entries);
+        if !entries.series.contains_key(&key) && entries.is_full(&key.reporter()) {
+            key = key.summed();
+        }
+        let series = match entries.series.get(&key) {
+            Some(entry) => Arc::clone(&entry.series),
+            None => entries.insert(key),
+        };
+        let entered = series.enter();
+        // Series are retired under the lock that is held here, and leave the map with it.
+        debug_assert!(entered, "a retired series is never in the map");
+        series
+    }
+
+    /// Reads every series at the time `now`, then drops those that are idle.
+    pub(in crate::telemetry) fn families(&self, now: Instant) -> Vec<MetricFamily> {
+        let mut samples: [Vec<Metric>; 5] = Default::default();
+        let mut of_reporters: [Vec<Metric>; 3] = Default::default();
+        let mut entries = lock(&self.entries);
+        for (key, entry) in &entries.series {
+            for peer in [Peer::Src, Peer::Dst] {
+                let counters = entry.series.counters(peer);
+                counters.sample(&key.labels(peer), &mut samples);
+            }
+        }
+        for (key, (reporter, _)) in &entries.reporters {
+            let (namespace, pod) = key.pod();
+            reporter.sample(key.direction, namespace, pod, &mut of_reporters);
+        }
+        entries.retire(now);
         drop(entries);
         let families = FAMILIES.iter().zip(samples);
-        families
-            .map(|(family, samples)| family.with(samples))
-            .collect()
+        let families = families.map(|(family, samples)| family.with(samples));
+        families.chain(reporter::families(of_reporters)).collect()
     }
 }
 

@@ -230,11 +230,78 @@ fn a_port_scan_does_not_grow_the_scrape_without_bound() {
         labels.target_port = port;
         worker.open(&labels).close();
     }
+    let another = ConnectionLabels {
+        reporter: Arc::new(workload("emoji")),
+        target_port: 8080,
+        ..labels
+    };
+    worker.open(&another).close();
     let families = transports.families(Instant::now());
     let opened = families[0].get_metric();
-    assert_eq!(opened.len(), series::MAX_SERIES + 1);
+    assert_eq!(opened.len(), series::MAX_OF_ONE + 2);
     let connections: f64 = opened.iter().map(|m| m.get_counter().get_value()).sum();
-    assert!((connections - 65_536.0).abs() < 0.5, "{connections}");
+    assert!((connections - 65_537.0).abs() < 0.5, "{connections}");
+    let others = opened.iter().filter(|metric| {
+        let mut labels = metric.get_label().iter();
+        labels.any(|label| label.value() == "other")
+    });
+    assert_eq!(others.count(), 1, "another workload's series isn't folded");
+}
+
+#[test]
+fn many_workloads_do_not_grow_the_scrape_without_bound() {
+    let metrics = Metrics::new();
+    let mut worker = metrics.worker();
+    for number in 0..3000 {
+        let labels = ConnectionLabels {
+            reporter: Arc::new(workload(&format!("web-{}", number % 100))),
+            target_port: number,
+            ..outbound(Some("voting"), Security::MutualTls(identity_of("voting")))
+        };
+        let connection = worker.open(&labels);
+        connection.dialled();
+        connection.fail(Reason::ServerReset);
+    }
+    let text = metrics.scrape().unwrap();
+    let of_connections = |line: &&str| {
+        ["tcp_", "malla_tcp_", "outbound_tcp_"]
+            .iter()
+            .any(|start| line.starts_with(start))
+    };
+    let lines = text.lines().filter(of_connections).count();
+    // Each of a hundred workloads has a series of its own for what is folded.
+    assert!(lines <= series::MAX_LINES + 100 * 12, "{lines}");
+    assert!(lines > series::MAX_LINES / 2, "{lines}");
+    let opened = samples(&metrics, "tcp_open_total");
+    assert!(opened.iter().any(|line| line.contains("dst_pod=\"other\"")));
+}
+
+#[test]
+fn durations_and_errors_are_the_reporting_workloads() {
+    let metrics = Metrics::new();
+    let mut worker = metrics.worker();
+    let labels = outbound(Some("voting"), Security::MutualTls(identity_of("voting")));
+    worker.open(&labels).close();
+    worker.open(&labels).fail(Reason::ConnectTimeout);
+    worker.open(&labels).fail(Reason::IdentityMismatch);
+    let inbound = ConnectionLabels {
+        direction: Direction::Inbound,
+        ..labels
+    };
+    worker.open(&inbound).fail(Reason::PlaintextRefused);
+    let text = metrics.scrape().unwrap();
+    for line in [
+        "malla_tcp_connection_duration_seconds_count\
+         {direction=\"outbound\",namespace=\"emojivoto\",pod=\"web\"} 3",
+        "malla_tcp_connection_duration_seconds_bucket\
+         {direction=\"inbound\",namespace=\"emojivoto\",pod=\"web\",le=\"3600\"} 1",
+        "outbound_tcp_errors_total{error=\"i/o\",namespace=\"emojivoto\",pod=\"web\"} 1",
+        "outbound_tcp_errors_total\
+         {error=\"identity required\",namespace=\"emojivoto\",pod=\"web\"} 1",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line} in {text}");
+    }
+    assert!(!text.contains("inbound_tcp_errors_total"), "{text}");
 }
 
 #[test]

@@ -179,6 +179,9 @@ fn wait_for(reporter: &Reporter, peer: &str, expected: [f64; 4]) {
 fn a_reset_is_counted_under_its_reason(pair: &Pair) {
     for (client_resets, reason) in [(true, "client_reset"), (false, "server_reset")] {
         let (client, server) = pair.connection().unwrap();
+        // The server's kernel may have a connection that its agent doesn't know to stand yet.
+        payload::send(&client, 3, 1).unwrap();
+        payload::receive(&server, 3, 1).unwrap();
         let (resets, is_told) = if client_resets {
             (client, server)
         } else {

@@ -59,6 +59,10 @@ impl DialError {
             Self::Refused => Reason::ConnectRefused,
             Self::Timeout(_) => Reason::ConnectTimeout,
             Self::PortsExhausted => Reason::DialPortsExhausted,
+            // Only an established connection is reset in this way: a SYN is refused.
+            Self::Io(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                Reason::ServerReset
+            }
             Self::Io(_) => Reason::ConnectFailed,
         }
     }

@@ -106,6 +106,8 @@ reasons! {
     Shutdown = "shutdown",
     /// The peer's certificate, or one above it, was revoked.
     CertificateRevoked = "certificate_revoked",
+    /// The destination isn't in the mesh, and the pod's egress is `mesh-only`.
+    EgressRefused = "egress_refused",
 }
 
 impl Reason {

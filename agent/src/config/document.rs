@@ -11,7 +11,7 @@ use std::{
 use serde::{Serialize, Serializer};
 
 use crate::model::{
-    FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange, Settings, WorkloadId,
+    EgressMode, FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange, Settings, WorkloadId,
 };
 
 /// The whole of `/config`.
@@ -119,6 +119,9 @@ pub struct Refused {
 #[serde(rename_all = "camelCase")]
 pub struct SettingsInForce {
     mtls: MtlsMode,
+    mtls_by_port: Vec<PortMtlsInForce>,
+    egress: EgressMode,
+    egress_allow_subnets: Vec<String>,
     fail_mode: FailMode,
     nested: NestedMode,
     interfaces: InterfaceMode,
@@ -131,6 +134,12 @@ pub struct SettingsInForce {
     connect_timeout: String,
     idle_timeout: String,
     max_connections: u32,
+}
+
+#[derive(Debug, Serialize)]
+struct PortMtlsInForce {
+    ports: String,
+    mode: MtlsMode,
 }
 
 impl From<&Settings> for SettingsInForce {
@@ -147,6 +156,16 @@ impl From<&Settings> for SettingsInForce {
         let duration = |duration| humantime::format_duration(duration).to_string();
         Self {
             mtls: settings.mtls,
+            mtls_by_port: settings
+                .mtls_by_port
+                .iter()
+                .map(|(range, mode)| PortMtlsInForce {
+                    ports: port(range),
+                    mode: *mode,
+                })
+                .collect(),
+            egress: settings.egress,
+            egress_allow_subnets: subnets(&settings.egress_allow_subnets),
             fail_mode: settings.fail_mode,
             nested: settings.nested,
             interfaces: settings.interfaces,
@@ -332,7 +351,12 @@ mod tests {
 
     #[test]
     fn settings_are_written_as_in_the_mesh_file() {
+        let strict = PortRange {
+            first: 80,
+            last: 81,
+        };
         let settings = Settings {
+            mtls_by_port: vec![(strict, MtlsMode::Strict)],
             skip_inbound_ports: vec![PortRange {
                 first: 25,
                 last: 25,
@@ -345,6 +369,9 @@ mod tests {
             shown,
             serde_json::json!({
                 "mtls": "permissive",
+                "mtlsByPort": [{"ports": "80-81", "mode": "strict"}],
+                "egress": "any",
+                "egressAllowSubnets": [],
                 "failMode": "closed",
                 "nested": "refuse",
                 "interfaces": "refuse",

@@ -11,7 +11,9 @@ mod spiffe;
 use std::{collections::HashMap, fmt, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
 pub use malla_common::{Reason, ports};
-pub use settings::{FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange, Settings};
+pub use settings::{
+    EgressMode, FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange, Settings,
+};
 pub use spiffe::SpiffeId;
 
 /// One consistent view of the mesh.

@@ -17,6 +17,17 @@ pub enum MtlsMode {
     Strict,
 }
 
+/// Where a meshed pod may connect to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum EgressMode {
+    /// Anywhere.
+    #[default]
+    Any,
+    /// To meshed pods, and to networks that are allowed.
+    MeshOnly,
+}
+
 /// What becomes of new connections while no agent lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -64,7 +75,13 @@ impl PortRange {
 /// The settings of one workload. `Default` has the documented defaults.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
+    /// On ports without a mode of their own.
     pub mtls: MtlsMode,
+    /// Modes of single ports. Where ranges overlap, they agree.
+    pub mtls_by_port: Vec<(PortRange, MtlsMode)>,
+    pub egress: EgressMode,
+    /// Networks outside of the mesh that the app may connect to where egress is mesh-only.
+    pub egress_allow_subnets: Vec<IpNet>,
     pub fail_mode: FailMode,
     pub nested: NestedMode,
     pub interfaces: InterfaceMode,
@@ -92,6 +109,9 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             mtls: MtlsMode::default(),
+            mtls_by_port: Vec::new(),
+            egress: EgressMode::default(),
+            egress_allow_subnets: Vec::new(),
             fail_mode: FailMode::default(),
             nested: NestedMode::default(),
             interfaces: InterfaceMode::default(),
@@ -113,6 +133,29 @@ impl Default for Settings {
 }
 
 impl Settings {
+    /// What clients without identity meet on a port of the app.
+    pub fn mtls_on(&self, port: u16) -> MtlsMode {
+        let own = self.mtls_by_port.iter();
+        own.copied()
+            .find(|(range, _)| range.contains(port))
+            .map_or(self.mtls, |(_, mode)| mode)
+    }
+
+    /// Whether any port is strict.
+    pub fn is_strict_somewhere(&self) -> bool {
+        let own = self.mtls_by_port.iter().map(|(_, mode)| *mode);
+        own.chain([self.mtls]).any(|mode| mode == MtlsMode::Strict)
+    }
+
+    /// Whether the app may connect to this address in plaintext.
+    pub fn allows_plaintext_to(&self, destination: IpAddr) -> bool {
+        self.egress == EgressMode::Any
+            || self
+                .egress_allow_subnets
+                .iter()
+                .any(|net| net.contains(&destination))
+    }
+
     pub fn skips_inbound_port(&self, port: u16) -> bool {
         self.skip_inbound_ports
             .iter()

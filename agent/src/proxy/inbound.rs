@@ -68,7 +68,7 @@ pub(super) async fn serve_plaintext(
         tunnelled: None,
     };
     let record = Record::open(&worker, &pod, labels, &ends);
-    if workload.settings.mtls == MtlsMode::Strict {
+    if workload.settings.mtls_on(destination.port()) == MtlsMode::Strict {
         return record.close(Err(Reason::PlaintextRefused));
     }
     let carried = async {

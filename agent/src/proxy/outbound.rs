@@ -82,6 +82,14 @@ pub(super) async fn serve(
             )
             .await
         }
+        Route::Plain(..)
+            if !pod
+                .workload()
+                .settings
+                .allows_plaintext_to(destination.ip()) =>
+        {
+            Err(Reason::EgressRefused.into())
+        }
         Route::Plain(..) => plain(&worker, &pod, &mut client, destination, &record).await,
     };
     record.close(result);

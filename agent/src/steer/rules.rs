@@ -14,7 +14,7 @@ use super::{
     pod::Pod,
     programs::{Maps, prefix},
 };
-use crate::model::{FailMode, MtlsMode, NestedMode, PortRange, Settings};
+use crate::model::{FailMode, NestedMode, PortRange, Settings};
 
 /// A prefix of the bits of `T`.
 type Prefix<T> = (u32, T);
@@ -146,7 +146,8 @@ fn flags(settings: &Settings) -> u32 {
     if settings.fail_mode == FailMode::Open {
         flags |= pod_flags::FAIL_OPEN;
     }
-    if settings.mtls == MtlsMode::Strict {
+    // The kernel reads it where an open pod has no agent: one strict port keeps all inbound closed.
+    if settings.is_strict_somewhere() {
         flags |= pod_flags::STRICT;
     }
     if settings.nested == NestedMode::Allow {

@@ -10,7 +10,7 @@ use std::{borrow::Cow, collections::BTreeMap, fmt, net::IpAddr, path::PathBuf};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, de};
 
-use crate::model::{FailMode, InterfaceMode, MtlsMode, NestedMode};
+use crate::model::{EgressMode, FailMode, InterfaceMode, MtlsMode, NestedMode};
 
 /// The JSON schema of the mesh file, indented, made from the types of this module.
 pub fn json_schema() -> String {
@@ -186,6 +186,14 @@ pub(super) struct PortEntry {
 pub(super) struct SettingsSection {
     /// What becomes of clients without identity. Default: `permissive`.
     pub(super) mtls: Option<MtlsMode>,
+    /// The same for single ports, such as `[{ports: 8080, mode: strict}]`. Their order doesn't
+    /// matter. Default: none.
+    pub(super) mtls_by_port: Option<Vec<PortMtls>>,
+    /// Where the app may connect to. Default: `any`.
+    pub(super) egress: Option<EgressMode>,
+    /// Networks outside of the mesh that the app may connect to with `egress: mesh-only`, such as
+    /// `10.9.0.0/16`. Default: none.
+    pub(super) egress_allow_subnets: Option<Vec<At<String>>>,
     /// What becomes of new connections while no agent lives. Default: `closed`.
     pub(super) fail_mode: Option<FailMode>,
     /// What becomes of connections from network namespaces inside the pod. Default: `refuse`.
@@ -213,6 +221,16 @@ pub(super) struct SettingsSection {
     /// 1; one more is reset. Default: 20000.
     #[schemars(range(min = 1))]
     pub(super) max_connections: Option<At<u32>>,
+}
+
+/// What becomes of clients without identity on some ports.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct PortMtls {
+    /// A port of the app, or a range of them.
+    pub(super) ports: At<PortsText>,
+    /// What clients without identity meet there.
+    pub(super) mode: MtlsMode,
 }
 
 /// A duration as the file writes it.
@@ -318,8 +336,8 @@ mod tests {
         names.dedup();
         assert_eq!(
             names.join(" "),
-            "addresses bpffs certificateLifetime cgroup connectTimeout dialPorts directory failMode \
-             identity idleTimeout interfaces labels maxConnections mesh meshConnectTimeout mtls name namespace \
+            "addresses bpffs certificateLifetime cgroup connectTimeout dialPorts directory egress \
+             egressAllowSubnets failMode identity idleTimeout interfaces labels maxConnections mesh meshConnectTimeout mode mtls mtlsByPort name namespace \
              namespaces nested netns node nodes port ports runtime serviceAccount settings \
              skipInboundPorts skipInboundSubnets skipOutboundPorts skipOutboundSubnets \
              trustDomain workloads"

@@ -6,8 +6,8 @@ use ipnet::IpNet;
 
 use super::{Checker, values};
 use crate::{
-    discovery::file::schema::{At, PortsText, SettingsSection},
-    model::{PortRange, Settings},
+    discovery::file::schema::{At, PortMtls, PortsText, SettingsSection},
+    model::{MtlsMode, PortRange, Settings},
 };
 
 /// In `idleTimeout`: no limit, whatever a wider level says.
@@ -25,6 +25,10 @@ pub(super) fn resolve(
         return settings;
     };
     set(&mut settings.mtls, section.mtls);
+    set(&mut settings.egress, section.egress);
+    let by_port = section.mtls_by_port.as_ref();
+    let by_port = by_port.map(|entries| mtls_by_port(checker, entries, path));
+    set(&mut settings.mtls_by_port, by_port);
     set(&mut settings.fail_mode, section.fail_mode);
     set(&mut settings.nested, section.nested);
     set(&mut settings.interfaces, section.interfaces);
@@ -49,6 +53,9 @@ pub(super) fn resolve(
     let inbound = subnet_list("skipInboundSubnets", section.skip_inbound_subnets.as_ref());
     set(&mut settings.skip_outbound_subnets, outbound);
     set(&mut settings.skip_inbound_subnets, inbound);
+
+    let allowed = subnet_list("egressAllowSubnets", section.egress_allow_subnets.as_ref());
+    set(&mut settings.egress_allow_subnets, allowed);
 
     let dial_ports = checker.optional(
         section.dial_ports.as_ref(),
@@ -88,6 +95,32 @@ pub(super) fn resolve(
     );
     set(&mut settings.max_connections, max_connections);
     settings
+}
+
+/// One mode for each port: an order of entries that meant something would open ports by mistake.
+fn mtls_by_port(
+    checker: &mut Checker,
+    entries: &[PortMtls],
+    path: &dyn fmt::Display,
+) -> Vec<(PortRange, MtlsMode)> {
+    let mut modes: Vec<(PortRange, MtlsMode)> = Vec::with_capacity(entries.len());
+    for (index, entry) in entries.iter().enumerate() {
+        let field = format_args!("{path}.mtlsByPort[{index}].ports");
+        let parse = |text: &PortsText| values::port_range(&text.0);
+        let Some(range) = checker.parsed(&entry.ports, &field, parse) else {
+            continue;
+        };
+        let clash = modes.iter().find(|(other, mode)| {
+            *mode != entry.mode && other.first <= range.last && range.first <= other.last
+        });
+        if let Some((other, _)) = clash {
+            let port = range.first.max(other.first);
+            let reason = format!("port {port} has another mode in an earlier entry; write it once");
+            checker.problem(entry.ports.line, &field, reason);
+        }
+        modes.push((range, entry.mode));
+    }
+    modes
 }
 
 fn set<T>(field: &mut T, value: Option<T>) {

@@ -5,7 +5,7 @@ mod refusals;
 use std::{fmt::Write as _, path::Path, time::Duration};
 
 use super::*;
-use crate::model::{FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange};
+use crate::model::{EgressMode, FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange};
 
 /// Every field of the format.
 const FULL: &str = r#"
@@ -35,6 +35,9 @@ workloads:
     mesh: enabled
     settings:
       mtls: strict
+      mtlsByPort: [{ports: 80, mode: permissive}, {ports: 80-81, mode: permissive}]
+      egress: mesh-only
+      egressAllowSubnets: [10.8.0.0/16]
       failMode: open
       nested: allow
       interfaces: allow
@@ -109,6 +112,12 @@ fn every_field_of_the_format_is_taken() {
         web.settings,
         Settings {
             mtls: MtlsMode::Strict,
+            mtls_by_port: vec![
+                (range(80, 80), MtlsMode::Permissive),
+                (range(80, 81), MtlsMode::Permissive),
+            ],
+            egress: EgressMode::MeshOnly,
+            egress_allow_subnets: vec!["10.8.0.0/16".parse().unwrap()],
             fail_mode: FailMode::Open,
             nested: NestedMode::Allow,
             interfaces: InterfaceMode::Allow,

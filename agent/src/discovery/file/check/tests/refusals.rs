@@ -231,6 +231,18 @@ fn settings_are_checked() {
             "skipInboundSubnets[0]: ::ffff:10.0.0.0/104 is IPv4-mapped; write the IPv4 network",
         ),
         (
+            "egressAllowSubnets: [10.9.0.1]",
+            "egressAllowSubnets[0]: 10.9.0.1 has no prefix length; write 10.9.0.1/32",
+        ),
+        (
+            "mtlsByPort: [{ports: 0, mode: strict}]",
+            "mtlsByPort[0].ports: port 0 stands for no port; write 1 to 65535",
+        ),
+        (
+            "mtlsByPort: [{ports: 80-82, mode: strict}, {ports: 82, mode: permissive}]",
+            "mtlsByPort[1].ports: port 82 has another mode in an earlier entry; write it once",
+        ),
+        (
             "dialPorts: 10000-15006",
             "dialPorts: 10000-15006 contains 15001, a port of the agent; write a range before \
              15001 or after 15008",

@@ -190,6 +190,7 @@ impl Agent {
             mesh,
             certificates,
             metrics,
+            witnesses: Arc::default(),
         };
         let report = Report::new(Arc::clone(&shared.metrics), readiness);
         let audits = Audits::new(Arc::clone(&shared.metrics));

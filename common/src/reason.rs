@@ -108,6 +108,8 @@ reasons! {
     CertificateRevoked = "certificate_revoked",
     /// The destination isn't in the mesh, and the pod's egress is `mesh-only`.
     EgressRefused = "egress_refused",
+    /// The network lets nothing through from the one pod to the other's agent, both of this node.
+    NetworkPolicy = "network_policy",
 }
 
 impl Reason {

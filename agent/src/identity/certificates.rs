@@ -177,6 +177,15 @@ impl Certificates {
         )))
     }
 
+    /// The chain that `own` would show in a handshake now, which a peer would accept. None where a
+    /// handshake would fail, and tell why.
+    pub(crate) fn proven(&self, own: &SpiffeId) -> Option<Vec<CertificateDer<'static>>> {
+        let held = self.usable(own).ok()?.slot.held()?;
+        let trust = self.source.trust.load_full()?;
+        let is_trusted = held.is_trusted_by(&trust, SystemTime::now());
+        is_trusted.then(|| held.chain().to_vec())
+    }
+
     /// How many attempts to get a certificate ended how, over all identities.
     pub(crate) fn refreshes(&self) -> Refreshes {
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);

@@ -80,7 +80,11 @@ impl Held {
 
     /// Whether peers that have `trust` would accept this certificate now.
     pub(super) fn is_trusted_by(&self, trust: &Trust, now: SystemTime) -> bool {
-        trust.verify_own(&self.key.cert, now).is_ok()
+        trust.verify_own(self.chain(), now).is_ok()
+    }
+
+    pub(super) fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.key.cert
     }
 }
 

@@ -45,6 +45,8 @@ pub enum Kind {
     TunnelInbound,
     /// A tunnel to be, of either direction, before it is open.
     Handshake,
+    /// What shows that the network lets one pod of this node reach another: either end.
+    Witness,
     /// Being dialled.
     Connecting,
     /// A pod's network namespace, or the agent's own.
@@ -62,7 +64,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Listener,
         Self::ListenerCopy,
         Self::AppOutbound,
@@ -72,6 +74,7 @@ impl Kind {
         Self::TunnelOutbound,
         Self::TunnelInbound,
         Self::Handshake,
+        Self::Witness,
         Self::Connecting,
         Self::Netns,
         Self::Netlink,
@@ -93,6 +96,7 @@ impl Kind {
             Self::TunnelOutbound => "tunnel_outbound",
             Self::TunnelInbound => "tunnel_inbound",
             Self::Handshake => "handshake",
+            Self::Witness => "witness",
             Self::Connecting => "connecting",
             Self::Netns => "netns",
             Self::Netlink => "netlink",
@@ -113,6 +117,7 @@ impl Kind {
             | Self::TunnelOutbound
             | Self::TunnelInbound
             | Self::Handshake
+            | Self::Witness
             | Self::Connecting => true,
             Self::Listener
             | Self::ListenerCopy

@@ -1,4 +1,5 @@
-//! The life of a connection to an app: in plaintext, or through a tunnel from another agent.
+//! The life of a connection to an app: in plaintext, through a tunnel from another agent, or from a
+//! pod of the same node.
 
 use std::{net::SocketAddr, rc::Rc, sync::Arc, task::Context};
 
@@ -16,11 +17,13 @@ use super::{
     coalesce::{Coalescing, Flusher, coalescing},
     cut::{self, Cause},
     handshakes, hbone,
+    neighbours::Pair,
     pod::{Admitted, PodContext},
     record::{Ends, Record},
     relay::{self, Side},
     tunnel,
     tunnels::{OpenTunnel, TunnelState},
+    witness,
     worker::Worker,
 };
 use crate::{
@@ -77,12 +80,86 @@ pub(super) async fn serve_plaintext(
             .map_err(|e| e.reason())?;
         record.dialled();
         let idle = workload.settings.idle_timeout;
-        relay::tcp(&worker.buffers, &record, &mut client, &mut server, idle)
+        relay::tcp(&worker.buffers, &[&record], &mut client, &mut server, idle)
             .await
             .map_err(Failure::from)
     };
     let result = carried.await;
     record.close(result);
+}
+
+/// A connection of another pod of this node, as the outbound side has it.
+pub(super) struct FromNeighbour<'a> {
+    pub(super) workload: Arc<Workload>,
+    pub(super) client: &'a mut TcpStream,
+    pub(super) source: SocketAddr,
+    pub(super) record: &'a Record,
+}
+
+/// A connection through memory: what a tunnel would carry, with both sides' records. Gives how it
+/// failed for the outbound side.
+pub(super) async fn serve_neighbour(
+    worker: &Rc<Worker>,
+    pair: &Pair,
+    from: FromNeighbour<'_>,
+    destination: SocketAddr,
+) -> Result<(), Failure> {
+    let _live = worker.count_live();
+    let (pod, source) = (&pair.destination, from.source);
+    let refuse = |reason| {
+        worker.refuse(Direction::Inbound, source, destination, reason);
+        Err(Reason::PeerRefused.into())
+    };
+    let known = worker.mesh().workload_at(source.ip()).cloned();
+    if known.is_some_and(|known| known.identity != from.workload.identity) {
+        return refuse(Reason::IdentityMismatch);
+    }
+    if pod.pod.listener_ports.contains(destination.port()) {
+        return refuse(Reason::OwnListener);
+    }
+    let Some(_admitted) = pod.admit() else {
+        return refuse(Reason::ConnectionLimit);
+    };
+    let workload = pod.workload();
+    let idle = [&workload, &from.workload].map(|end| end.settings.idle_timeout);
+    let labels = ConnectionLabels {
+        direction: Direction::Inbound,
+        reporter: Arc::clone(&workload),
+        security: Security::MutualTls(Arc::clone(&from.workload.identity)),
+        remote: Some(from.workload),
+        target_port: destination.port(),
+    };
+    let ends = Ends {
+        client: source,
+        destination,
+        tunnelled: None,
+    };
+    let record = Record::open(worker, pod, labels, &ends);
+    let dialling = dial(worker, pod, &workload, source, destination);
+    let dialled = pair
+        .unless_cut(async { Ok(dialling.await.map_err(|error| error.reason())) })
+        .await;
+    let mut server = match dialled {
+        Ok(Ok(server)) => server,
+        Ok(Err(reason)) => {
+            record.close(Err(reason));
+            return Err(Reason::PeerRefused.into());
+        }
+        Err(cut) => {
+            record.close(Err(cut));
+            return Err(cut);
+        }
+    };
+    record.dialled();
+    from.record.dialled();
+    let records = [from.record, &record];
+    let idle = idle.into_iter().flatten().min();
+    let relaying = relay::tcp(&worker.buffers, &records, from.client, &mut server, idle);
+    let result = pair
+        .unless_cut(async { relaying.await.map_err(Failure::from) })
+        .await;
+    record.close(result);
+    result
 }
 
 /// A tunnel from another agent, with all connections in it.
@@ -95,6 +172,9 @@ pub(super) async fn serve_mesh(
         return;
     };
     let (peer, local) = (canonical(peer), canonical(local));
+    if worker.witnesses().know(peer, local) {
+        return witness::hold(socket).await;
+    }
     let Some(admitted) = pod.admit() else {
         return worker.refuse(Direction::Inbound, peer, local, Reason::ConnectionLimit);
     };

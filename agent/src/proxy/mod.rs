@@ -13,6 +13,7 @@ mod hbone;
 mod inbound;
 mod load;
 mod meter;
+mod neighbours;
 mod outbound;
 mod pod;
 mod pool;
@@ -22,6 +23,7 @@ mod relay;
 mod tunnel;
 mod tunnels;
 mod turns;
+mod witness;
 mod worker;
 
 use std::net::SocketAddr;

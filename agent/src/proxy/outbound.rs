@@ -11,6 +11,8 @@ use tokio::net::TcpStream;
 
 use super::{
     canonical, hbone,
+    inbound::{self, FromNeighbour},
+    neighbours::{self, Pair},
     pod::PodContext,
     pool,
     record::{Ends, Record},
@@ -32,8 +34,23 @@ const MAX_ATTEMPTS: u32 = 3;
 enum Route {
     /// Through the destination's agent, under mutual TLS.
     Mesh(Arc<Workload>),
+    /// Through memory, to another pod of this agent.
+    Neighbour(Arc<Workload>, Rc<Pair>),
     /// As plain TCP, and why.
     Plain(Option<Arc<Workload>>, NoTls),
+}
+
+impl Route {
+    /// Through memory, where the mesh would only come back to this agent.
+    fn shortened(self, worker: &Rc<Worker>, pod: &Rc<PodContext>, address: IpAddr) -> Self {
+        let Self::Mesh(workload) = self else {
+            return self;
+        };
+        match neighbours::pair(worker, pod, &workload, address) {
+            Some(pair) => Self::Neighbour(workload, pair),
+            None => Self::Mesh(workload),
+        }
+    }
 }
 
 /// Accept, resolve, connect, relay, record.
@@ -68,6 +85,7 @@ pub(super) async fn serve(
     };
     let route = resolve(&mesh, source.ip(), destination);
     drop(mesh);
+    let route = route.shortened(&worker, &pod, destination.ip());
     let record = open_record(&worker, &pod, &route, source, destination);
     let result = match &route {
         Route::Mesh(workload) => {
@@ -89,6 +107,18 @@ pub(super) async fn serve(
                 .allows_plaintext_to(destination.ip()) =>
         {
             Err(Reason::EgressRefused.into())
+        }
+        Route::Neighbour(_, pair) => {
+            through_memory(
+                &worker,
+                &pod,
+                pair,
+                &mut client,
+                source,
+                destination,
+                &record,
+            )
+            .await
         }
         Route::Plain(..) => plain(&worker, &pod, &mut client, destination, &record).await,
     };
@@ -155,6 +185,12 @@ fn open_record(
             SocketAddr::new(destination.ip(), ports::MESH),
             Some(destination),
         ),
+        Route::Neighbour(workload, _) => (
+            Some(Arc::clone(workload)),
+            Security::MutualTls(Arc::clone(&workload.identity)),
+            destination,
+            None,
+        ),
         Route::Plain(workload, why) => (workload.clone(), Security::None(*why), destination, None),
     };
     let labels = ConnectionLabels {
@@ -214,6 +250,26 @@ async fn through_mesh(
     .map_err(|end| lease.failed(end))
 }
 
+async fn through_memory(
+    worker: &Rc<Worker>,
+    pod: &PodContext,
+    pair: &Pair,
+    client: &mut TcpStream,
+    source: SocketAddr,
+    destination: SocketAddr,
+    record: &Record,
+) -> Result<(), Failure> {
+    pair.allowed().await?;
+    record.proved();
+    let from = FromNeighbour {
+        workload: pod.workload(),
+        client,
+        source,
+        record,
+    };
+    inbound::serve_neighbour(worker, pair, from, destination).await
+}
+
 async fn plain(
     worker: &Rc<Worker>,
     pod: &Rc<PodContext>,
@@ -230,7 +286,7 @@ async fn plain(
     record.dialled();
     relay::tcp(
         &worker.buffers,
-        record,
+        &[record],
         client,
         &mut server,
         settings.idle_timeout,

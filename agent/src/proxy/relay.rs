@@ -80,23 +80,25 @@ impl Side {
     }
 
     /// Counts bytes that this side sent.
-    fn sent(self, record: &Record, bytes: usize) {
-        match self {
-            Self::Client => record.client_sent(bytes),
-            Self::Server => record.server_sent(bytes),
+    fn sent(self, records: &[&Record], bytes: usize) {
+        for record in records {
+            match self {
+                Self::Client => record.client_sent(bytes),
+                Self::Server => record.server_sent(bytes),
+            }
         }
     }
 }
 
-/// Relays between two sockets.
+/// Relays between two sockets, for the pod of each record.
 pub(super) async fn tcp(
     buffers: &Buffers,
-    record: &Record,
+    records: &[&Record],
     client: &mut TcpStream,
     server: &mut TcpStream,
     idle: Option<Duration>,
 ) -> Result<(), End> {
-    let relay = Relay::new(buffers, record, idle);
+    let relay = Relay::new(buffers, records, idle);
     {
         let (client_reader, client_writer) = client.split();
         let (server_reader, server_writer) = server.split();
@@ -134,7 +136,8 @@ pub(super) async fn tunnel(
     receive: &mut RecvStream,
     idle: Option<Duration>,
 ) -> Result<(), End> {
-    let relay = Relay::new(buffers, record, idle);
+    let records = [record];
+    let relay = Relay::new(buffers, &records, idle);
     let result = {
         let (mut reader, writer) = socket.split();
         let receiving = Cell::new(Receiving::Flows);
@@ -179,7 +182,7 @@ pub(super) async fn tunnel(
 /// What both directions of one connection share.
 struct Relay<'a> {
     buffers: &'a Buffers,
-    record: &'a Record,
+    records: &'a [&'a Record],
     activity: Activity,
 }
 
@@ -194,10 +197,10 @@ enum Receiving {
 }
 
 impl<'a> Relay<'a> {
-    fn new(buffers: &'a Buffers, record: &'a Record, idle: Option<Duration>) -> Self {
+    fn new(buffers: &'a Buffers, records: &'a [&'a Record], idle: Option<Duration>) -> Self {
         Self {
             buffers,
-            record,
+            records,
             activity: Activity::new(idle),
         }
     }
@@ -232,7 +235,7 @@ impl<'a> Relay<'a> {
                     end = reset_of(reader, side) => return Err(end),
                 }
             }
-            side.sent(self.record, bytes);
+            side.sent(self.records, bytes);
             self.activity.happened();
             pace.rest(bytes).await;
         }
@@ -285,7 +288,7 @@ impl<'a> Relay<'a> {
                     return stream_ended(&error, side.other());
                 }
             }
-            side.sent(self.record, bytes);
+            side.sent(self.records, bytes);
             self.activity.happened();
             pace.rest(bytes).await;
         }
@@ -317,7 +320,7 @@ impl<'a> Relay<'a> {
             receiving.set(Receiving::Flows);
             // Fails only for a stream that has ended, which the next read tells.
             let _ = receive.flow_control().release_capacity(bytes);
-            side.other().sent(self.record, bytes);
+            side.other().sent(self.records, bytes);
             self.activity.happened();
             pace.rest(bytes).await;
         }

@@ -28,15 +28,17 @@ use super::{
     buffers::Buffers,
     handshakes::Handshakes,
     load::{self, Board, InboundTunnels},
+    neighbours::Neighbours,
     pod::{PodConnections, PodContext},
     pool::Pool,
     refusals::Refusals,
     tunnels::{Tunnel, Tunnels},
     turns::Turns,
+    witness::Witnesses,
 };
 use crate::{
     identity::Certificates,
-    model::{Mesh, Workload},
+    model::{Mesh, Workload, WorkloadId},
     steer::{OwnDial, Pod, PodListeners, WorkerHandles},
     telemetry::{Direction, Metrics, Role, WorkerMetrics},
 };
@@ -50,6 +52,7 @@ pub struct Shared {
     pub mesh: watch::Receiver<Arc<Mesh>>,
     pub certificates: Arc<Certificates>,
     pub metrics: Arc<Metrics>,
+    pub witnesses: Arc<Witnesses>,
 }
 
 /// The running workers. Dropping them ends their threads and with them every connection.
@@ -244,6 +247,7 @@ pub(super) struct Worker {
     pub(super) series: RefCell<WorkerMetrics>,
     pub(super) buffers: Buffers,
     pub(super) pool: Pool,
+    pub(super) neighbours: Neighbours,
     pub(super) handshakes: Handshakes,
     pub(super) inbound_tunnels: InboundTunnels,
     pub(super) tunnels: Tunnels,
@@ -251,6 +255,8 @@ pub(super) struct Worker {
     refusals: Refusals,
     turns: Turns,
     pods: RefCell<HashMap<u32, Rc<PodContext>>>,
+    /// The pods by what discovery calls them.
+    enrolled: RefCell<HashMap<WorkloadId, Rc<PodContext>>>,
     connections: Cell<u32>,
     live: Arc<AtomicU32>,
     leaving: Cell<bool>,
@@ -282,6 +288,15 @@ impl Worker {
 
     pub(super) fn metrics(&self) -> &Metrics {
         &self.shared.metrics
+    }
+
+    pub(super) fn witnesses(&self) -> &Arc<Witnesses> {
+        &self.shared.witnesses
+    }
+
+    /// A pod that this agent serves.
+    pub(super) fn enrolled(&self, workload: &WorkloadId) -> Option<Rc<PodContext>> {
+        self.enrolled.borrow().get(workload).map(Rc::clone)
     }
 
     pub(super) fn count_live(self: &Rc<Self>) -> Live {
@@ -345,6 +360,26 @@ impl Worker {
         });
     }
 
+    fn remove(&self, pod: u32, done: oneshot::Sender<()>) {
+        if let Some(context) = self.pods.borrow_mut().remove(&pod) {
+            context.withdrawn.set(true);
+            self.turns.remove(&context.tasks);
+            self.enrolled
+                .borrow_mut()
+                .retain(|_, enrolled| !Rc::ptr_eq(enrolled, &context));
+        }
+        self.pool.remove_pod(pod);
+        // What other pods of this node have open to it are tasks of theirs.
+        let cut = self.neighbours.remove_pod(pod, Reason::Withdrawn);
+        spawn_local(async move {
+            for pair in cut {
+                pair.ended().await;
+            }
+            // Who asked may be gone.
+            let _ = done.send(());
+        });
+    }
+
     fn obey(self: &Rc<Self>, command: Command) {
         match command {
             Command::Add {
@@ -354,8 +389,10 @@ impl Worker {
                 counts,
             } => {
                 let id = pod.id;
+                let name = workload.id.clone();
                 let context = PodContext::new(pod, workload, self.turns.add(), counts);
                 accept::serve(self, &context, listeners);
+                self.enrolled.borrow_mut().insert(name, Rc::clone(&context));
                 if let Some(old) = self.pods.borrow_mut().insert(id, context) {
                     old.accepting().cancel();
                 }
@@ -367,14 +404,7 @@ impl Worker {
                     }
                 }
             }
-            Command::Remove { pod, done } => {
-                if let Some(context) = self.pods.borrow_mut().remove(&pod) {
-                    context.withdrawn.set(true);
-                    self.turns.remove(&context.tasks);
-                }
-                self.pool.remove_pod(pod);
-                let _ = done.send(());
-            }
+            Command::Remove { pod, done } => self.remove(pod, done),
             Command::HandOver { pod } => {
                 if let Some(context) = self.pods.borrow().get(&pod) {
                     context.leaving.set(true);
@@ -422,6 +452,7 @@ fn run(
         series: RefCell::new(shared.metrics.worker()),
         buffers: Buffers::default(),
         pool: Pool::default(),
+        neighbours: Neighbours::default(),
         handshakes: Handshakes::default(),
         inbound_tunnels: InboundTunnels::default(),
         tunnels: Tunnels::default(),
@@ -429,6 +460,7 @@ fn run(
         refusals: Refusals::default(),
         turns: Turns::default(),
         pods: RefCell::default(),
+        enrolled: RefCell::default(),
         connections: Cell::new(0),
         live,
         leaving: Cell::new(false),

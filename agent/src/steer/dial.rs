@@ -139,6 +139,44 @@ pub async fn to_network(
     connect(socket, destination, limit).await
 }
 
+/// A connection from a pod's netns that has been asked for and isn't open yet.
+#[derive(Debug)]
+pub struct Opening {
+    socket: Accounted<Socket>,
+    /// Its own end, which it has from its SYN on.
+    pub local: SocketAddr,
+}
+
+impl Opening {
+    /// [`to_network`] up to its SYN.
+    pub fn begin(pod: &Pod, destination: SocketAddr) -> Result<Self, DialError> {
+        let socket = pod.netns.enter(&pod.home, || new_socket(destination))??;
+        let socket = Accounted::new(socket, pod.id, Kind::Connecting);
+        match socket.connect(&destination.into()) {
+            Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => {
+                return Err(error.into());
+            }
+            _ => {}
+        }
+        let local = socket.local_addr()?.as_socket();
+        let local = local.ok_or_else(|| io::Error::from(io::ErrorKind::AddrNotAvailable))?;
+        Ok(Self { socket, local })
+    }
+
+    /// Waits until it is open.
+    pub async fn open(self, limit: Duration) -> Result<Accounted<TcpStream>, DialError> {
+        let (entry, socket) = self.socket.into_parts();
+        let stream = TcpStream::from_std(socket.into())?;
+        timeout(limit, stream.writable())
+            .await
+            .map_err(|_| DialError::Timeout(limit))??;
+        match stream.take_error()? {
+            None => Ok(Accounted::from_parts(entry, stream)),
+            Some(error) => Err(error.into()),
+        }
+    }
+}
+
 /// A connection to the app.
 #[derive(Debug)]
 pub struct Dialled {

@@ -44,7 +44,7 @@ pub use attach::TcMethod;
 pub use audit::{AUDIT_INTERVAL, Difference, Kind};
 pub use census::sockets_of;
 pub use cleanup::{cleanup, folders as folders_of_agents};
-pub use dial::{DialError, OwnDial, end_orderly, to_app, to_network};
+pub use dial::{DialError, Opening, OwnDial, end_orderly, to_app, to_network};
 pub use enrol::EnrolError;
 pub use enrolment::{Degradation, Enrolment};
 pub use events::{Event, EventReceiver};

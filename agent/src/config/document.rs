@@ -224,6 +224,8 @@ pub struct AuthorityPart {
     pub subject: String,
     pub path: PathBuf,
     #[serde(serialize_with = "time")]
+    pub begins: SystemTime,
+    #[serde(serialize_with = "time")]
     pub expires: SystemTime,
 }
 

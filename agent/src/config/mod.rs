@@ -27,7 +27,7 @@ use crate::{
 
 pub use document::{Audit, AuditDifference, Document, WholeAudit};
 pub use sections::{MeshStatus, Sections, certificates};
-pub use socket::Folder;
+pub use socket::{Folder, NAME as SOCKET_NAME};
 
 /// Requests that may wait for the agent.
 const QUEUE: usize = 8;

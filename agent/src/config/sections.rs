@@ -228,6 +228,7 @@ pub fn certificates(certificates: &identity::Certificates) -> Certificates {
         object: expiry.object,
         subject: expiry.subject.clone(),
         path: expiry.path.clone(),
+        begins: expiry.begins.into(),
         expires: expiry.ends.into(),
     });
     Certificates {

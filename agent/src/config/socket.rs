@@ -25,7 +25,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use crate::ledger::{Accounted, Kind};
 
 /// Name of the socket in the folder.
-const NAME: &str = "agent.sock";
+pub const NAME: &str = "agent.sock";
 /// The longest path that a client can connect to (`unix(7)`).
 const LONGEST_PATH: usize = 107;
 /// Connections that may wait to be accepted.

@@ -103,6 +103,9 @@ impl Default for IdentityConfig {
     }
 }
 
+/// Where each node has a folder of its name for its agent's unix socket, unless it says another.
+pub const RUNTIME_FOLDERS: &str = "/run/malla";
+
 /// A machine that runs one agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Node {

@@ -78,13 +78,13 @@ fn place() -> io::Result<String> {
     Ok(place.unwrap_or_default().to_owned())
 }
 
-/// Moves this process into a new child of `parent`, before it makes any socket: a socket keeps
-/// the cgroup that it was made in.
-pub fn enter_child_of(parent: &Path) -> Result<OwnCgroup, CgroupError> {
-    let io = |what, path: &Path| {
-        let path = path.to_owned();
-        move |source| CgroupError::Io { what, path, source }
-    };
+fn io(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CgroupError {
+    let path = path.to_owned();
+    move |source| CgroupError::Io { what, path, source }
+}
+
+/// Checks that an agent can have a child of this folder.
+pub fn check(parent: &Path) -> Result<(), CgroupError> {
     let kind = nix::sys::statfs::statfs(parent)
         .map_err(|errno| io("open the node's cgroup", parent)(errno.into()))?;
     if kind.filesystem_type() != nix::sys::statfs::CGROUP2_SUPER_MAGIC {
@@ -98,6 +98,13 @@ pub fn enter_child_of(parent: &Path) -> Result<OwnCgroup, CgroupError> {
             path: parent.to_owned(),
         });
     }
+    Ok(())
+}
+
+/// Moves this process into a new child of `parent`, before it makes any socket: a socket keeps
+/// the cgroup that it was made in.
+pub fn enter_child_of(parent: &Path) -> Result<OwnCgroup, CgroupError> {
+    check(parent)?;
     remove_empty_children(parent);
     let child = make_child(parent)?;
     let procs = child.join("cgroup.procs");

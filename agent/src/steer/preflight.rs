@@ -43,14 +43,25 @@ const OLDEST: (u32, u32) = (6, 1);
 /// Checks everything that can be checked before anything is loaded.
 pub fn check(bpffs: &Path) -> Result<(), Missing> {
     privileges()?;
-    let release = nix::sys::utsname::uname()
-        .map(|name| name.release().to_string_lossy().into_owned())
-        .unwrap_or_default();
-    kernel(&release)?;
-    if !Path::new("/sys/kernel/btf/vmlinux").exists() {
-        return Err(Missing::Btf);
-    }
+    kernel(&kernel_release())?;
+    btf()?;
     folder(bpffs)
+}
+
+/// The kernel's own name for itself, such as `6.18.2`.
+pub fn kernel_release() -> String {
+    nix::sys::utsname::uname()
+        .map(|name| name.release().to_string_lossy().into_owned())
+        .unwrap_or_default()
+}
+
+/// Checks that the kernel describes its types, which the programs are adapted to as they load.
+pub fn btf() -> Result<(), Missing> {
+    if Path::new("/sys/kernel/btf/vmlinux").exists() {
+        Ok(())
+    } else {
+        Err(Missing::Btf)
+    }
 }
 
 /// Checks that this process may do what steering takes.
@@ -72,7 +83,8 @@ fn capabilities(status: &str) -> Result<(), Missing> {
     Ok(())
 }
 
-fn kernel(release: &str) -> Result<(), Missing> {
+/// Checks that a kernel of this release has all that the programs rely on.
+pub fn kernel(release: &str) -> Result<(), Missing> {
     let mut numbers = release
         .split(|c: char| !c.is_ascii_digit())
         .map(str::parse::<u32>);
@@ -85,19 +97,26 @@ fn kernel(release: &str) -> Result<(), Missing> {
     }
 }
 
-/// Makes the node's own folder, which nobody but root may open.
-fn folder(bpffs: &Path) -> Result<(), Missing> {
-    use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-
+/// Checks that a folder is on a bpffs, or would be if it were made.
+pub fn on_bpffs(bpffs: &Path) -> Result<(), Missing> {
     let existing = bpffs
         .ancestors()
         .find(|path| path.exists())
         .unwrap_or(Path::new("/"));
     let on_bpffs = nix::sys::statfs::statfs(existing)
         .is_ok_and(|kind| kind.filesystem_type() == nix::sys::statfs::BPF_FS_MAGIC);
-    if !on_bpffs {
-        return Err(Missing::Bpffs(bpffs.to_owned()));
+    if on_bpffs {
+        Ok(())
+    } else {
+        Err(Missing::Bpffs(bpffs.to_owned()))
     }
+}
+
+/// Makes the node's own folder, which nobody but root may open.
+fn folder(bpffs: &Path) -> Result<(), Missing> {
+    use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+
+    on_bpffs(bpffs)?;
     let error = |source| Missing::Folder {
         path: bpffs.to_owned(),
         source,

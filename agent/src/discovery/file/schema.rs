@@ -102,18 +102,20 @@ pub(super) struct NodeEntry {
     pub(super) runtime: Option<At<String>>,
 }
 
-/// What a cleanup wants of a file that may be bad elsewhere.
+/// What is wanted of a file that may be bad elsewhere.
 #[derive(Debug, Deserialize)]
 pub(super) struct NodesOnly {
     pub(super) nodes: Vec<NodeFolders>,
 }
 
-/// Where the agents of a node keep what outlives them.
+/// Where the agents of a node keep what outlives them, and are found.
 #[derive(Debug, Deserialize)]
 pub struct NodeFolders {
     pub name: String,
     pub cgroup: PathBuf,
     pub bpffs: PathBuf,
+    /// None: the default, which hangs on the name.
+    pub runtime: Option<PathBuf>,
 }
 
 /// The settings of one namespace.

@@ -23,7 +23,8 @@ use super::{
     schema::{At, MeshFile, MeshMode, NamespaceEntry, NodeEntry, PortEntry, WorkloadEntry},
 };
 use crate::model::{
-    IdentityConfig, Mesh, Node, Settings, SpiffeId, Workload, WorkloadId, WorkloadPort,
+    IdentityConfig, Mesh, Node, RUNTIME_FOLDERS, Settings, SpiffeId, Workload, WorkloadId,
+    WorkloadPort,
 };
 
 const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
@@ -146,7 +147,7 @@ impl Checker {
                 bpffs: self.path(&entry.bpffs, &format_args!("{path}.bpffs")),
                 runtime: match &entry.runtime {
                     Some(folder) => self.path(folder, &format_args!("{path}.runtime")),
-                    None => Path::new("/run/malla").join(name),
+                    None => Path::new(RUNTIME_FOLDERS).join(name),
                 },
             });
         }

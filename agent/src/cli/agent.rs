@@ -1,12 +1,10 @@
-//! The command line.
+//! `malla agent`: runs the agent, or cleans up after agents.
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
-
-use clap::{Parser, Subcommand};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use crate::{
     agent::{self, Options},
-    cleanup, discovery,
+    cleanup,
     steer::{EbpfLog, TcMethod},
     telemetry::{self, LogFormat, Metrics},
 };
@@ -15,24 +13,8 @@ use crate::{
 /// others that do: certificates are to be had meanwhile.
 const CONTROL_THREADS: usize = 2;
 
-/// A node-level service mesh: eBPF steers pods' TCP into one shared proxy per node.
-#[derive(Debug, Parser)]
-#[command(name = "malla", version, propagate_version = true)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Debug, Subcommand)]
-enum Command {
-    /// Run the agent of one node.
-    Agent(AgentArguments),
-    /// Print the JSON schema of the configuration file.
-    Schema,
-}
-
 #[derive(Debug, clap::Args)]
-struct AgentArguments {
+pub(super) struct Arguments {
     /// The YAML file with nodes, workloads and settings; followed while the agent runs.
     #[arg(long, value_name = "FILE", required_unless_present = "cleanup")]
     config: Option<PathBuf>,
@@ -79,25 +61,8 @@ struct AgentArguments {
     workers: Option<u16>,
 }
 
-/// Reads the command line and does what it says.
-pub fn main() -> ExitCode {
-    let result = match Cli::parse().command {
-        Command::Agent(arguments) => run_agent(arguments),
-        Command::Schema => {
-            println!("{}", discovery::file::json_schema());
-            Ok(())
-        }
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("malla: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn run_agent(arguments: AgentArguments) -> anyhow::Result<()> {
+/// Runs until it is told to end.
+pub(super) fn run(arguments: Arguments) -> anyhow::Result<()> {
     let (config, node) = match (arguments.config, arguments.node) {
         (Some(config), Some(node)) if !arguments.cleanup => (config, node),
         // Without a cleanup both are required.

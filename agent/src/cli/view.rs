@@ -1,0 +1,153 @@
+//! What the commands read of `/config`. An agent of another version may say more, or less.
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use serde::Deserialize;
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Config {
+    pub(super) node: String,
+    pub(super) version: String,
+    pub(super) mesh: MeshFile,
+    pub(super) workloads: Vec<Workload>,
+    pub(super) refused: Vec<Refused>,
+    pub(super) certificates: Certificates,
+    pub(super) ledger: Ledger,
+    pub(super) audit: Audit,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct MeshFile {
+    pub(super) path: PathBuf,
+    pub(super) in_force: bool,
+    pub(super) last_refusal: Option<Refusal>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Refusal {
+    pub(super) report: String,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Workload {
+    /// Namespace and name.
+    #[serde(rename = "workload")]
+    pub(super) id: String,
+    pub(super) identity: String,
+    pub(super) degraded: Vec<Degraded>,
+    pub(super) leaving_within_seconds: Option<u64>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Degraded {
+    pub(super) reason: String,
+    pub(super) what: String,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Refused {
+    pub(super) workload: String,
+    pub(super) why: String,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Certificates {
+    pub(super) workloads: Vec<Certificate>,
+    pub(super) authority: Vec<AuthorityPart>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Certificate {
+    pub(super) identity: String,
+    /// RFC 3339.
+    pub(super) expires: String,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct AuthorityPart {
+    pub(super) object: String,
+    pub(super) subject: String,
+    pub(super) path: PathBuf,
+    /// RFC 3339.
+    pub(super) begins: String,
+    /// RFC 3339.
+    pub(super) expires: String,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Audit {
+    pub(super) last_whole: Option<WholeAudit>,
+    pub(super) unhealed: usize,
+    pub(super) recent: Vec<AuditDifference>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct WholeAudit {
+    /// RFC 3339.
+    pub(super) ended: String,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct AuditDifference {
+    pub(super) workload: Option<String>,
+    pub(super) kind: String,
+    pub(super) what: String,
+    pub(super) failure: Option<String>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Ledger {
+    pub(super) descriptors: Descriptors,
+    pub(super) workloads: Vec<WorkloadLedger>,
+    pub(super) differences: Vec<Difference>,
+    pub(super) failure: Option<String>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Descriptors {
+    pub(super) open: usize,
+    pub(super) entered: BTreeMap<String, usize>,
+    pub(super) from_start: BTreeMap<String, usize>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct WorkloadLedger {
+    pub(super) workload: String,
+    pub(super) tasks: u32,
+    pub(super) believed: Sockets,
+    pub(super) kernel: Option<Sockets>,
+    pub(super) closed: usize,
+}
+
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Sockets {
+    pub(super) listeners: usize,
+    pub(super) connections: usize,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Difference {
+    #[serde(rename = "difference")]
+    pub(super) how: String,
+    pub(super) kind: String,
+    pub(super) workload: Option<String>,
+    pub(super) descriptor: i32,
+    pub(super) for_seconds: u64,
+}

@@ -280,7 +280,7 @@ impl Pods {
             return;
         };
         pod.workload = Arc::clone(workload);
-        if let Err(error) = pod.enrolment.update(&workload.settings) {
+        if let Err(error) = pod.enrolment.update(workload) {
             tracing::error!(workload = %workload.id, %error, "can't put settings in force");
         }
         self.workers.update(workload).await;

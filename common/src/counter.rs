@@ -122,6 +122,9 @@ mod tests {
             "direct_before_enrolment",
             "kernel_reply",
             "own_listener",
+            "probe",
+            "probe_without_agent",
+            "probe_payload",
         ];
         let first = Reason::ALL.iter().map(|reason| reason.as_str());
         assert!(

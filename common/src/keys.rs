@@ -1,6 +1,6 @@
 //! Keys and values of the maps.
 
-use crate::{Address, Reason};
+use crate::{Address, Direction, Reason};
 
 /// What the programs know of a pod, found by each of its addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -25,6 +25,43 @@ pub mod pod_flags {
     pub const NESTED_ALLOW: u32 = 1 << 2;
     /// The pod is leaving the mesh: new connections pass, those that are steered stay so.
     pub const WITHDRAWN: u32 = 1 << 3;
+    /// The pod has probes: rules say on which ports, and where they come from.
+    pub const PROBES: u32 = 1 << 4;
+}
+
+/// What a rule of a pod is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum RuleKind {
+    /// A port or network that the app dials without the mesh.
+    SkipOutbound = 0,
+    /// A port of the app, or a network of clients, that never reach the agent.
+    SkipInbound = 1,
+    /// A port of the app that is probed, with [`probe_flags`], or a network that probes come from.
+    Probe = 2,
+}
+
+impl RuleKind {
+    /// The opt-outs of one direction.
+    #[inline(always)]
+    pub const fn skip(direction: Direction) -> Self {
+        match direction {
+            Direction::Outbound => Self::SkipOutbound,
+            Direction::Inbound => Self::SkipInbound,
+        }
+    }
+}
+
+/// What is probed on a port: the value of a [`RuleKind::Probe`] rule.
+pub mod probe_flags {
+    /// Whether something listens.
+    pub const TCP: u32 = 1 << 0;
+    /// An HTTP request.
+    pub const HTTP: u32 = 1 << 1;
+    /// A gRPC health check.
+    pub const GRPC: u32 = 1 << 2;
+    /// Other plaintext never reaches the app there.
+    pub const STRICT: u32 = 1 << 3;
 }
 
 /// What a listener of the agent is for.
@@ -70,33 +107,49 @@ pub struct Flow {
     pub destination_port: u16,
 }
 
-/// Data of a longest-prefix rule over the ports of one pod and direction.
+impl Flow {
+    /// The other direction of the connection.
+    #[inline(always)]
+    #[must_use]
+    pub const fn turned(&self) -> Self {
+        Self {
+            source: self.destination,
+            destination: self.source,
+            source_port: self.destination_port,
+            destination_port: self.source_port,
+        }
+    }
+}
+
+/// Data of a longest-prefix rule over the ports of one pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct PortRule {
     pub pod: u32,
-    pub direction: u16,
+    /// A [`RuleKind`].
+    pub kind: u16,
     /// In network order, so that a prefix of bits is a range of ports.
     pub port: u16,
 }
 
 impl PortRule {
-    /// Bits that are always compared: pod and direction.
+    /// Bits that are always compared: pod and kind.
     pub const FIXED_BITS: u32 = 48;
     pub const BITS: u32 = 64;
 }
 
-/// Data of a longest-prefix rule over the peer addresses of one pod and direction.
+/// Data of a longest-prefix rule over the peer addresses of one pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct NetRule {
     pub pod: u32,
-    pub direction: u32,
+    /// A [`RuleKind`].
+    pub kind: u32,
     pub peer: Address,
 }
 
 impl NetRule {
-    /// Bits that are always compared: pod and direction.
+    /// Bits that are always compared: pod and kind.
     pub const FIXED_BITS: u32 = 64;
     pub const BITS: u32 = 192;
 }

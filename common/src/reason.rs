@@ -52,6 +52,12 @@ reasons! {
     KernelReply = "kernel_reply",
     /// The destination is one of the agent's own listeners.
     OwnListener = "own_listener",
+    /// A probe that asks only whether the app listens.
+    Probe = "probe",
+    /// A declared probe, while no agent lives.
+    ProbeWithoutAgent = "probe_without_agent",
+    /// Bytes that no declared probe sends, from where probes come from.
+    ProbePayload = "probe_payload",
 
     // Decided by the agent, per connection.
     /// A strict pod takes no plaintext.
@@ -110,6 +116,8 @@ reasons! {
     EgressRefused = "egress_refused",
     /// The network lets nothing through from the one pod to the other's agent, both of this node.
     NetworkPolicy = "network_policy",
+    /// It comes from where probes come from, and is none of those that are declared.
+    ProbeUndeclared = "probe_undeclared",
 }
 
 impl Reason {

@@ -23,6 +23,7 @@ use crate::{
     decision::record,
     maps::{AGENTS, OWN_DIAL, SCOPES, count, listener_lives, opt_out, pod_at},
     packet::{ETH_P_IP, ETH_P_IPV6, ETHERNET, Kind, NO_LINK_HEADER, Packet, RST, socket_receives},
+    probes::probed,
     refuse::{ANSWER_MARK, Towards, answer},
     sockets::{NO_POD, Socket, pod_here, sender, sent_by_listener},
 };
@@ -230,7 +231,7 @@ fn pass_unsteered(packet: &Packet, socket: Option<Socket>) {
         );
     };
     let flow = &packet.flow;
-    // A connection that came in on a port or from a network that is opted out.
+    // A connection that came in on a port or from a network that is opted out, or as a probe.
     let reason = pod_at(&flow.source)
         .and_then(|pod| {
             opt_out(
@@ -239,6 +240,7 @@ fn pass_unsteered(packet: &Packet, socket: Option<Socket>) {
                 flow.source_port,
                 &flow.destination,
             )
+            .or_else(|| (probed(pod, &flow.turned()) != 0).then_some(Reason::Probe))
         })
         .unwrap_or(Reason::DirectBeforeEnrolment);
     if let Some(state) = socket.state_or_new() {

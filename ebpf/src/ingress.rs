@@ -1,8 +1,9 @@
 //! TC ingress of a pod's interfaces: what reaches the pod from outside.
 //!
 //! Which listener takes a SYN is `lookup`'s choice. Here stands only what must happen before the
-//! stack: the RST where no agent lives or the client's tuple is taken, and that no entry of
-//! `OWN_DIAL` outlives the dial it was made for.
+//! stack: the RST where no agent lives or the client's tuple is taken, that no entry of
+//! `OWN_DIAL` outlives the dial it was made for, and that of a probe which the app meets itself
+//! nothing but what was declared gets through.
 
 use aya_ebpf::{
     bindings::{BPF_FIB_LKUP_RET_NOT_FWDED, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_fib_lookup},
@@ -10,13 +11,18 @@ use aya_ebpf::{
     macros::classifier,
     programs::TcContext,
 };
-use malla_common::{Direction, Outcome, Reason, Role, STEER_MARK, Unit, pod_flags, ports};
+use malla_common::{
+    Direction, Outcome, PodEntry, Reason, Role, RuleKind, STEER_MARK, Unit, pod_flags, ports,
+    probe_flags,
+};
 
 use crate::{
     decision::record,
-    maps::{OWN_DIAL, listener_lives, opt_out, pod_at},
+    maps::{OWN_DIAL, listener_lives, net_rule, opt_out, pod_at},
     packet::{ETHERNET, Kind, NO_LINK_HEADER, Packet, socket_answers},
+    probes::{app_listens, is_apps, probed},
     refuse::{Towards, answer},
+    sockets::agent_receives,
 };
 
 /// The packet is for this host.
@@ -48,7 +54,7 @@ fn receive(ctx: &TcContext, ip: u32) -> i32 {
     match kind {
         Kind::Other => TC_ACT_UNSPEC,
         Kind::Tcp if packet.opens() => open(ctx, &packet),
-        Kind::Tcp => TC_ACT_UNSPEC,
+        Kind::Tcp => follow(ctx, &packet),
         Kind::Unparsable => unparsable(ctx, &packet),
     }
 }
@@ -90,6 +96,10 @@ fn open(ctx: &TcContext, packet: &Packet) -> i32 {
     } else {
         Role::Inbound
     };
+    let probed = probed(pod, flow);
+    if probed != 0 {
+        return probe(ctx, packet, pod, probed);
+    }
     if listener_lives(pod.pod, role) {
         return pass(ctx, packet, Outcome::Steered, Reason::Meshed);
     }
@@ -98,6 +108,56 @@ fn open(ctx: &TcContext, packet: &Packet) -> i32 {
         return pass(ctx, packet, Outcome::Passed, Reason::FailOpen);
     }
     refuse(ctx, packet, Reason::NoAgent)
+}
+
+/// Decides about a connection that may be a probe: it comes from where probes come from, to a port
+/// that is probed.
+#[inline(always)]
+fn probe(ctx: &TcContext, packet: &Packet, pod: &PodEntry, probed: u32) -> i32 {
+    let lives = listener_lives(pod.pod, Role::Inbound);
+    if is_apps(probed) || !lives {
+        if packet.has_payload(ctx) {
+            // TCP Fast Open. Its client sends the SYN again, without bytes.
+            return drop(ctx, packet, Reason::ProbePayload);
+        }
+        let reason = if lives {
+            Reason::Probe
+        } else {
+            Reason::ProbeWithoutAgent
+        };
+        return pass(ctx, packet, Outcome::Passed, reason);
+    }
+    // The agent's handshake succeeds, whether the app listens or not.
+    if probed & probe_flags::TCP != 0 && !app_listens(ctx, &packet.flow) {
+        return refuse(ctx, packet, Reason::ConnectRefused);
+    }
+    pass(ctx, packet, Outcome::Steered, Reason::Meshed)
+}
+
+/// A later packet. Of one that comes from where probes come from the app gets no byte by itself but
+/// of a declared request, while no agent is there to read it.
+#[inline(always)]
+fn follow(ctx: &TcContext, packet: &Packet) -> i32 {
+    let flow = &packet.flow;
+    let Some(pod) = pod_at(&flow.destination) else {
+        return TC_ACT_UNSPEC;
+    };
+    let probed = probed(pod, flow);
+    if probed == 0 || pod.flags & pod_flags::WITHDRAWN != 0 || !packet.has_payload(ctx) {
+        return TC_ACT_UNSPEC;
+    }
+    let lives = listener_lives(pod.pod, Role::Inbound);
+    let takes_plaintext = probed & probe_flags::STRICT == 0;
+    if takes_plaintext && (lives || pod.flags & pod_flags::FAIL_OPEN != 0) {
+        return TC_ACT_UNSPEC;
+    }
+    if agent_receives(ctx, flow) {
+        return TC_ACT_UNSPEC;
+    }
+    if !lives && probed & (probe_flags::HTTP | probe_flags::GRPC) != 0 {
+        return TC_ACT_UNSPEC;
+    }
+    drop(ctx, packet, Reason::ProbePayload)
 }
 
 /// Whether the pod's kernel sends the packet on, in place of taking it.
@@ -130,16 +190,22 @@ fn is_forwarded(ctx: &TcContext, packet: &Packet) -> bool {
 fn unparsable(ctx: &TcContext, packet: &Packet) -> i32 {
     if let Some(pod) = pod_at(&packet.flow.destination)
         && listener_lives(pod.pod, Role::Inbound)
+        && !may_hide_payload(pod, packet)
     {
         return TC_ACT_UNSPEC;
     }
-    tell(
-        ctx,
-        packet,
-        Unit::Packets,
-        Outcome::Dropped,
-        Reason::Unparsable,
-    );
+    drop(ctx, packet, Reason::Unparsable)
+}
+
+/// Whether it may be bytes for a port whose probes the app meets itself, from where they come from.
+#[inline(always)]
+fn may_hide_payload(pod: &PodEntry, packet: &Packet) -> bool {
+    pod.flags & pod_flags::PROBES != 0 && net_rule(pod.pod, RuleKind::Probe, &packet.flow.source)
+}
+
+#[inline(always)]
+fn drop(ctx: &TcContext, packet: &Packet, reason: Reason) -> i32 {
+    tell(ctx, packet, Unit::Packets, Outcome::Dropped, reason);
     TC_ACT_SHOT
 }
 

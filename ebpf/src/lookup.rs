@@ -14,7 +14,10 @@ use malla_common::{
     Address, Direction, Flow, ListenerKey, MAX_WORKERS, Pair, PairSlots, Role, pod_flags, ports,
 };
 
-use crate::maps::{LISTENERS, OWN_DIAL, PAIRS, SCOPES, WORKER_LOADS, WORKERS, opt_out, pod_at};
+use crate::{
+    maps::{LISTENERS, OWN_DIAL, PAIRS, SCOPES, WORKER_LOADS, WORKERS, opt_out, pod_at},
+    probes::{is_apps, probed},
+};
 
 const AF_INET: u32 = 2;
 const IPPROTO_TCP: u32 = 6;
@@ -85,12 +88,20 @@ pub fn lookup(ctx: SkLookupContext) -> u32 {
     if role != Role::Outbound && pod.flags & pod_flags::WITHDRAWN != 0 {
         return PASS;
     }
+    let probed = if role == Role::Inbound {
+        probed(pod, &flow)
+    } else {
+        0
+    };
+    if is_apps(probed) {
+        return PASS;
+    }
     let slot = worker(&flow, role);
     if assign(&ctx, pod.pod, role, slot) || (slot != 0 && assign(&ctx, pod.pod, role, 0)) {
         return PASS;
     }
     let opens = pod.flags & (pod_flags::FAIL_OPEN | pod_flags::STRICT) == pod_flags::FAIL_OPEN;
-    if opens && role == Role::Inbound {
+    if (opens && role == Role::Inbound) || probed != 0 {
         PASS
     } else {
         DROP

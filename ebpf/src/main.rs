@@ -10,6 +10,7 @@ mod lookup;
 mod loopback;
 mod maps;
 mod packet;
+mod probes;
 mod refuse;
 mod sockets;
 

@@ -12,7 +12,7 @@ use aya_ebpf::{
 };
 use malla_common::{
     Address, Counter, Direction, Flow, ListenerKey, MAX_WORKERS, NetRule, Outcome, Pair, PairSlots,
-    PodEntry, PortRule, Reason, Role, Unit, WorkerLoad,
+    PodEntry, PortRule, Reason, Role, RuleKind, Unit, WorkerLoad,
 };
 
 /// Ids of the cgroups that living agents run in.
@@ -31,11 +31,11 @@ pub static LISTENERS: SockHash<ListenerKey, 16384> = SockHash::new();
 #[btf_map]
 pub static OWN_DIAL: LruHashMap<Flow, u32, 65536> = LruHashMap::new();
 
-/// Ports that are opted out.
+/// Rules about ports: opt-outs, probes.
 #[btf_map]
 pub static PORT_RULES: LpmTrie<PortRule, u32, 65536> = LpmTrie::new();
 
-/// Networks that are opted out.
+/// Rules about networks: opt-outs, where probes come from.
 #[btf_map]
 pub static NET_RULES: LpmTrie<NetRule, u32, 65536> = LpmTrie::new();
 
@@ -102,21 +102,34 @@ pub fn listener_lives(pod: u32, role: Role) -> bool {
 /// that `peer` is in.
 #[inline(always)]
 pub fn opt_out(pod: u32, direction: Direction, port: u16, peer: &Address) -> Option<Reason> {
-    let port = PortRule {
-        pod,
-        direction: direction as u16,
-        port: port.to_be(),
-    };
-    if PORT_RULES.get(&Key::new(PortRule::BITS, port)).is_some() {
+    let kind = RuleKind::skip(direction);
+    if port_rule(pod, kind, port).is_some() {
         return Some(Reason::PortSkipped);
     }
-    let net = NetRule {
-        pod,
-        direction: direction as u32,
-        peer: *peer,
-    };
-    if NET_RULES.get(&Key::new(NetRule::BITS, net)).is_some() {
+    if net_rule(pod, kind, peer) {
         return Some(Reason::SubnetSkipped);
     }
     None
+}
+
+/// What the pod's rule about `port` says, where it has one of this kind.
+#[inline(always)]
+pub fn port_rule(pod: u32, kind: RuleKind, port: u16) -> Option<&'static u32> {
+    let rule = PortRule {
+        pod,
+        kind: kind as u16,
+        port: port.to_be(),
+    };
+    PORT_RULES.get(&Key::new(PortRule::BITS, rule))
+}
+
+/// Whether the pod has a rule of this kind about a network that `peer` is in.
+#[inline(always)]
+pub fn net_rule(pod: u32, kind: RuleKind, peer: &Address) -> bool {
+    let rule = NetRule {
+        pod,
+        kind: kind as u32,
+        peer: *peer,
+    };
+    NET_RULES.get(&Key::new(NetRule::BITS, rule)).is_some()
 }

@@ -34,7 +34,7 @@ pub const SYN: u8 = 0x02;
 pub const RST: u8 = 0x04;
 pub const ACK: u8 = 0x10;
 
-const TCP_LISTEN: u32 = 10;
+pub const TCP_LISTEN: u32 = 10;
 
 /// What a packet is to the programs.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -228,6 +228,25 @@ impl Packet {
         self.flags & flags != 0
     }
 
+    /// Whether it carries bytes of its connection, or can't be asked. The IP header tells, since a
+    /// device may have padded the frame; of a packet too large for it (BIG TCP) it says 0.
+    #[inline(always)]
+    pub fn has_payload(&self, ctx: &TcContext) -> bool {
+        let (field, headers) = if self.flow.source.is_v4() {
+            (2, 0)
+        } else {
+            (4, 40)
+        };
+        let Ok(length) = ctx.load::<u16>((self.ip + field) as usize) else {
+            return true;
+        };
+        let end = match u32::from(u16::from_be(length)) {
+            0 => ctx.len(),
+            length => self.ip + headers + length,
+        };
+        end > self.tcp + self.tcp_length
+    }
+
     /// A SYN that opens a connection.
     #[inline(always)]
     pub fn opens(&self) -> bool {
@@ -285,11 +304,5 @@ pub fn socket_receives(ctx: &TcContext, flow: &Flow) -> bool {
 /// receive the answers to it.
 #[inline(always)]
 pub fn socket_answers(ctx: &TcContext, flow: &Flow) -> bool {
-    let back = Flow {
-        source: flow.destination,
-        destination: flow.source,
-        source_port: flow.destination_port,
-        destination_port: flow.source_port,
-    };
-    socket_receives(ctx, &back)
+    socket_receives(ctx, &flow.turned())
 }

@@ -1,7 +1,10 @@
 //! What is remembered about a socket, an app's or the agent's, in the socket itself.
 
 use aya_ebpf::{
-    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
+    bindings::{
+        BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE,
+        bpf_map_type::BPF_MAP_TYPE_SK_STORAGE, bpf_sock,
+    },
     btf_maps::SkStorage,
     cty::c_void,
     helpers::{
@@ -13,9 +16,8 @@ use aya_ebpf::{
 };
 use malla_common::{Address, Flow, PodEntry, SocketState};
 
-use crate::packet::{THIS_NETNS, tuple};
+use crate::packet::{TCP_LISTEN, THIS_NETNS, tuple};
 
-const TCP_LISTEN: u32 = 10;
 const IPPROTO_TCP: u32 = 6;
 
 /// Decisions about connections. Pinned for good: a socket that was steered by an agent long gone
@@ -26,6 +28,35 @@ pub static SOCKETS: SkStorage<SocketState> = SkStorage::new();
 /// The pod that an agent's outbound listener belongs to, written by the agent.
 #[btf_map]
 pub static LISTENER_PODS: SkStorage<u32> = SkStorage::new();
+
+/// The agent's inbound listeners, written by the agent, and what they have accepted.
+#[btf_map]
+pub static INBOUND_SOCKETS: InheritedStorage = InheritedStorage::new();
+
+/// A [`SkStorage`] that a socket has from its listener, which is a flag that the other doesn't take.
+#[repr(C)]
+pub struct InheritedStorage {
+    r#type: *const [i32; BPF_MAP_TYPE_SK_STORAGE as usize],
+    key: *const i32,
+    value: *const u32,
+    max_entries: *const [i32; 0],
+    map_flags: *const [i32; (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize],
+}
+
+// SAFETY: the pointers stand for the types behind them, and nobody follows them.
+unsafe impl Sync for InheritedStorage {}
+
+impl InheritedStorage {
+    const fn new() -> Self {
+        Self {
+            r#type: core::ptr::null(),
+            key: core::ptr::null(),
+            value: core::ptr::null(),
+            max_entries: core::ptr::null(),
+            map_flags: core::ptr::null(),
+        }
+    }
+}
 
 const LOCALHOST: Address = Address::from_v4(0x7f00_0001_u32.to_be());
 
@@ -60,6 +91,26 @@ pub fn pod_here(ctx: &TcContext, claimed: &PodEntry) -> u32 {
         let pod = pod.as_ref().copied().unwrap_or(NO_POD);
         bpf_sk_release(socket.cast());
         pod
+    }
+}
+
+/// Whether a plaintext connection that an agent carries receives `flow`.
+#[inline(always)]
+pub fn agent_receives(ctx: &TcContext, flow: &Flow) -> bool {
+    let (mut tuple, size) = tuple(flow);
+    // SAFETY: the tuple is fully initialised for the size that is passed; a socket found (of one
+    // that opens, its listener) is referenced, asked for its storage, and released once.
+    unsafe {
+        let socket = bpf_sk_lookup_tcp(ctx.skb.skb.cast(), &raw mut tuple, size, THIS_NETNS, 0);
+        if socket.is_null() {
+            return false;
+        }
+        let map = core::ptr::from_ref(&INBOUND_SOCKETS)
+            .cast_mut()
+            .cast::<c_void>();
+        let noted = bpf_sk_storage_get(map, socket.cast(), core::ptr::null_mut(), 0);
+        bpf_sk_release(socket.cast());
+        !noted.is_null()
     }
 }
 

@@ -84,6 +84,7 @@ fn workload(text: &mut String, pod: &Pod) {
         listing,
         ports,
         labels,
+        probes,
         ..
     } = pod.spec();
     line(text, &format!("- name: {name}"));
@@ -109,6 +110,12 @@ fn workload(text: &mut String, pod: &Pod) {
             .map(|(name, value)| format!("{name}: {value}"));
         let labels = labels.collect::<Vec<_>>().join(", ");
         line(text, &format!("  labels: {{{labels}}}"));
+    }
+    if !probes.is_empty() {
+        line(text, "  probes:");
+    }
+    for probe in probes {
+        line(text, &format!("  - {{{probe}}}"));
     }
     let mesh = match listing {
         Listing::Meshed => "enabled",

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::{
+    caller::Caller,
     cgroup,
     http::{self, Response},
     leftovers::Claim,
@@ -155,6 +156,14 @@ impl Node {
     pub fn addresses(&self) -> [IpAddr; 2] {
         let (v4, v6) = addresses(self.index);
         [v4.into(), v6.into()]
+    }
+
+    /// A client on the node, as the kubelet is one, that comes from the node's own address of the
+    /// family of `to`.
+    pub fn caller(&self, to: IpAddr) -> Caller<'_> {
+        let [v4, v6] = self.addresses();
+        let own = if to.is_ipv4() { v4 } else { v6 };
+        Caller::new(&self.netns).from((own, 0).into())
     }
 
     /// The name of this node's interface to `peer`: the wire between the two.

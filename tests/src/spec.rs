@@ -17,6 +17,8 @@ pub struct PodSpec {
     pub(crate) settings: String,
     pub(crate) ports: Vec<(Option<String>, u16)>,
     pub(crate) labels: Vec<(String, String)>,
+    /// Each as YAML in one line.
+    pub(crate) probes: Vec<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +63,7 @@ impl PodSpec {
             settings: String::new(),
             ports: Vec::new(),
             labels: Vec::new(),
+            probes: Vec::new(),
         }
     }
 
@@ -151,6 +154,13 @@ impl PodSpec {
     #[must_use]
     pub fn named_port(mut self, name: impl Into<String>, port: u16) -> Self {
         self.ports.push((Some(name.into()), port));
+        self
+    }
+
+    /// Declares a probe, as YAML in one line, such as `httpGet: {path: /healthz, port: 8080}`.
+    #[must_use]
+    pub fn probe(mut self, yaml: impl Into<String>) -> Self {
+        self.probes.push(yaml.into());
         self
     }
 

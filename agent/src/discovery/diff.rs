@@ -147,6 +147,10 @@ mod tests {
                 WEB.replace("node: a", "node: a, ports: [{port: 80}]"),
             ),
             (
+                "probes",
+                WEB.replace("node: a", "node: a, probes: [{tcpSocket: {port: 80}}]"),
+            ),
+            (
                 "labels",
                 WEB.replace("node: a", "node: a, labels: {app: web}"),
             ),

@@ -5,12 +5,14 @@
 //! netns path and a node that exists, and every setting is resolved (workload beats namespace
 //! beats default).
 
+mod probes;
 mod settings;
 mod spiffe;
 
 use std::{collections::HashMap, fmt, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
 pub use malla_common::{Reason, ports};
+pub use probes::{Ask, Probe, Probes};
 pub use settings::{
     EgressMode, FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange, Settings,
 };
@@ -142,6 +144,7 @@ pub struct Workload {
     pub netns: Option<PathBuf>,
     pub addresses: Vec<IpAddr>,
     pub ports: Vec<WorkloadPort>,
+    pub probes: Probes,
     pub labels: Vec<(String, String)>,
     /// Whether the pod is part of the mesh: it has an identity and its agent steers its traffic.
     pub meshed: bool,

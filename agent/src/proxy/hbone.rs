@@ -103,7 +103,7 @@ mod tests {
     use super::*;
     use std::sync::Arc;
 
-    use crate::model::{Settings, WorkloadId};
+    use crate::model::{Probes, Settings, WorkloadId};
 
     fn web() -> Workload {
         Workload {
@@ -120,6 +120,7 @@ mod tests {
             netns: None,
             addresses: vec![],
             ports: vec![],
+            probes: Probes::default(),
             labels: vec![],
             meshed: true,
             settings: Settings::default(),

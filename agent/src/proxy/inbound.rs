@@ -19,6 +19,7 @@ use super::{
     handshakes, hbone,
     neighbours::Pair,
     pod::{Admitted, PodContext},
+    probe::Probed,
     record::{Ends, Record},
     relay::{self, Side},
     tunnel,
@@ -34,7 +35,7 @@ use crate::{
     telemetry::{ConnectionLabels, Direction, Failure, NoTls, Security},
 };
 
-/// A client without an identity: what the pod's mTLS mode says.
+/// A client without an identity: what the pod's mTLS mode says, and of a probe what is declared.
 pub(super) async fn serve_plaintext(
     worker: Rc<Worker>,
     pod: Rc<PodContext>,
@@ -72,7 +73,20 @@ pub(super) async fn serve_plaintext(
     };
     let record = Record::open(&worker, &pod, labels, &ends);
     if workload.settings.mtls_on(destination.port()) == MtlsMode::Strict {
-        return record.close(Err(Reason::PlaintextRefused));
+        let probed = Probed {
+            worker: &worker,
+            pod: &pod,
+            workload: &workload,
+            record: &record,
+            source,
+            destination,
+        };
+        let result = if probed.is_expected() {
+            probed.carry(&mut client).await
+        } else {
+            Err(Reason::PlaintextRefused.into())
+        };
+        return record.close(result);
     }
     let carried = async {
         let mut server = dial(&worker, &pod, &workload, source, destination)
@@ -424,7 +438,7 @@ fn answer(respond: &mut SendResponse<Bytes>, status: StatusCode) {
 }
 
 /// Opens the connection to the app, with the client's address as its source.
-async fn dial(
+pub(super) async fn dial(
     worker: &Worker,
     pod: &PodContext,
     workload: &Workload,

@@ -17,6 +17,7 @@ mod neighbours;
 mod outbound;
 mod pod;
 mod pool;
+mod probe;
 mod record;
 mod refusals;
 mod relay;

@@ -126,6 +126,26 @@ pub(super) async fn tcp(
     Ok(())
 }
 
+/// Relays what the server says, while `asking` sends it what it may hear. Ends when the server does,
+/// or with a failure of either.
+pub(super) async fn answers(
+    buffers: &Buffers,
+    record: &Record,
+    server: &mut ReadHalf<'_>,
+    client: WriteHalf<'_>,
+    asking: impl Future<Output = Result<(), Failure>>,
+    idle: Option<Duration>,
+) -> Result<(), Failure> {
+    let records = [record];
+    let relay = Relay::new(buffers, &records, idle);
+    tokio::select! {
+        biased;
+        answered = relay.copy(Side::Server, server, client) => answered.map_err(Failure::from),
+        Err(failure) = asking => Err(failure),
+        () = relay.activity.ends() => Err(Reason::IdleTimeout.into()),
+    }
+}
+
 /// Relays between a socket, which is this `side` of the connection, and a stream of a tunnel.
 pub(super) async fn tunnel(
     buffers: &Buffers,

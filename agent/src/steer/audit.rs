@@ -30,7 +30,7 @@ pub enum Kind {
     Listener,
     /// An entry of the pod map.
     Entry,
-    /// A rule of an opt-out.
+    /// A rule of an opt-out or a probe.
     OptOut,
     /// An address of the netns that the agent hadn't heard of, or one of the workload's that isn't
     /// there.

@@ -30,7 +30,7 @@ use super::{
     routes::Routes,
     routing,
 };
-use crate::model::{PortRange, Settings, Workload, WorkloadId};
+use crate::model::{PortRange, Workload, WorkloadId};
 
 /// Why a pod can't be enrolled.
 #[derive(Debug, thiserror::Error)]
@@ -139,7 +139,7 @@ impl Steering {
             inherited,
             self.events.clone(),
         );
-        let set_up = self.set_up(&enrolment, &workload.settings, &listeners);
+        let set_up = self.set_up(&enrolment, workload, &listeners);
         if let Err(error) = set_up.await {
             if earlier.is_none() {
                 self.withdraw(enrolment).await;
@@ -232,7 +232,7 @@ impl Steering {
     async fn set_up(
         &self,
         enrolment: &Enrolment,
-        settings: &Settings,
+        workload: &Workload,
         listeners: &[PodListeners],
     ) -> Result<(), EnrolError> {
         let pod = enrolment.pod();
@@ -240,7 +240,7 @@ impl Steering {
         enrolment.network().route_steered().await?;
         // Before the pod's entry says where the listeners are.
         listener_map::tag(&mut lock(&self.programs), pod.id, listeners)?;
-        enrolment.update(settings)?;
+        enrolment.update(workload)?;
         listener_map::insert(&mut lock(&self.programs), pod.id, listeners)?;
         enrolment.attach().await?;
         enrolment.refresh().await

@@ -33,7 +33,7 @@ use super::{
     rules::PodRules,
     withdraw,
 };
-use crate::model::{InterfaceMode, Settings, WorkloadId};
+use crate::model::{InterfaceMode, Workload, WorkloadId};
 
 /// Why a pod isn't served as it should be, though it is enrolled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -193,8 +193,8 @@ impl Enrolment {
     }
 
     /// Puts changed settings in force for new connections.
-    pub fn update(&self, settings: &Settings) -> Result<(), ProgramsError> {
-        self.inner.update(settings)
+    pub fn update(&self, workload: &Workload) -> Result<(), ProgramsError> {
+        self.inner.update(workload)
     }
 
     /// Lets the pod's new connections pass. Those that are steered stay so until the withdrawal.
@@ -325,9 +325,9 @@ impl Inner {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn update(&self, settings: &Settings) -> Result<(), ProgramsError> {
+    fn update(&self, workload: &Workload) -> Result<(), ProgramsError> {
         let mut state = self.state();
-        let rules = PodRules::new(self.pod.id, settings);
+        let rules = PodRules::new(self.pod.id, workload);
         let mut programs = lock(&self.programs);
         let maps = programs.maps();
         let before = state.rules.clone();
@@ -344,7 +344,7 @@ impl Inner {
             insert_address(&mut programs, *address, entry)?;
         }
         state.rules = rules;
-        state.interfaces.mode = settings.interfaces;
+        state.interfaces.mode = workload.settings.interfaces;
         Ok(())
     }
 

@@ -11,20 +11,22 @@ use super::{
 
 const ROLES: [Role; 3] = [Role::Outbound, Role::Inbound, Role::Mesh];
 
-/// Tells the programs whose netns it is that these listeners are in.
+/// Tells the programs whose netns it is that these listeners are in, and that what they accept is the
+/// agent's.
 pub fn tag(
     programs: &mut Programs,
     pod: u32,
     listeners: &[PodListeners],
 ) -> Result<(), ProgramsError> {
-    let map = &mut programs.maps().listener_pods;
-    listeners
-        .iter()
-        .try_for_each(|set| map.insert(&*set.outbound, pod, 0))
-        .map_err(|source| ProgramsError::Map {
-            name: "LISTENER_PODS",
-            source,
-        })
+    let error = |name| move |source| ProgramsError::Map { name, source };
+    let maps = programs.maps();
+    for set in listeners {
+        let tagged = maps.listener_pods.insert(&*set.outbound, pod, 0);
+        tagged.map_err(error("LISTENER_PODS"))?;
+        let tagged = maps.inbound_sockets.insert(&*set.inbound, pod, 0);
+        tagged.map_err(error("INBOUND_SOCKETS"))?;
+    }
+    Ok(())
 }
 
 /// Opens a pod: from now on its connections come to these listeners, one set for each worker.

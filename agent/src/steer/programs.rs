@@ -25,14 +25,14 @@ use super::{attach::TcMethod, cgroup::CgroupId, dial::OwnDial};
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/malla-ebpf"));
 
 /// Layout of the pinned maps. An agent with another layout starts with maps of its own.
-const LAYOUT: &str = "v4";
+const LAYOUT: &str = "v5";
 
 const PROGRAMS: [&str; 5] = ["egress", "egress_l3", "ingress", "ingress_l3", "loopback"];
 
 /// The program of a netns; the others are those of interfaces.
 pub const LOOKUP: &str = "lookup";
 
-const MAPS: [&str; 13] = [
+const MAPS: [&str; 14] = [
     "AGENTS",
     "PODS",
     "LISTENERS",
@@ -46,6 +46,7 @@ const MAPS: [&str; 13] = [
     "COUNTERS",
     "SOCKETS",
     "LISTENER_PODS",
+    "INBOUND_SOCKETS",
 ];
 
 /// What went wrong with programs or maps.
@@ -152,6 +153,7 @@ pub struct Maps {
     pub pods: BpfHashMap<MapData, Address, PodEntry>,
     pub listeners: SockHash<MapData, ListenerKey>,
     pub listener_pods: SkStorage<MapData, u32>,
+    pub inbound_sockets: SkStorage<MapData, u32>,
     pub port_rules: LpmTrie<MapData, PortRule, u32>,
     pub net_rules: LpmTrie<MapData, NetRule, u32>,
     pub workers: Array<MapData, u32>,
@@ -188,6 +190,7 @@ impl Programs {
             pods: map(&mut ebpf, "PODS")?,
             listeners: map(&mut ebpf, "LISTENERS")?,
             listener_pods: map(&mut ebpf, "LISTENER_PODS")?,
+            inbound_sockets: map(&mut ebpf, "INBOUND_SOCKETS")?,
             port_rules: map(&mut ebpf, "PORT_RULES")?,
             net_rules: map(&mut ebpf, "NET_RULES")?,
             workers: map(&mut ebpf, "WORKERS")?,

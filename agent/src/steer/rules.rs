@@ -1,4 +1,4 @@
-//! Opt-outs of a pod, as entries of the longest-prefix maps.
+//! Opt-outs and probes of a pod, as entries of the longest-prefix maps.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -8,13 +8,16 @@ use std::{
 
 use aya::maps::MapError;
 use ipnet::IpNet;
-use malla_common::{Address, Direction, NetRule, PodEntry, PortRule, pod_flags};
+use malla_common::{Address, NetRule, PodEntry, PortRule, RuleKind, pod_flags, probe_flags};
 
 use super::{
     pod::Pod,
     programs::{Maps, prefix},
 };
-use crate::model::{FailMode, NestedMode, PortRange, Settings};
+use crate::model::{Ask, FailMode, MtlsMode, NestedMode, PortRange, Probes, Settings, Workload};
+
+/// The value of a rule that has nothing to say but that it is there.
+const SET: u32 = 1;
 
 /// A prefix of the bits of `T`.
 type Prefix<T> = (u32, T);
@@ -23,59 +26,80 @@ type Prefix<T> = (u32, T);
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct PodRules {
     pub flags: u32,
-    ports: HashSet<Prefix<PortRule>>,
+    ports: HashMap<Prefix<PortRule>, u32>,
     nets: HashSet<Prefix<NetRule>>,
 }
 
 impl PodRules {
-    pub fn new(pod: u32, settings: &Settings) -> Self {
+    pub fn new(pod: u32, workload: &Workload) -> Self {
+        let Workload {
+            settings, probes, ..
+        } = workload;
         let mut rules = Self {
-            flags: flags(settings),
+            flags: flags(settings, probes),
             ..Self::default()
         };
-        for (direction, ports, nets) in [
+        for (kind, ports, nets) in [
             (
-                Direction::Outbound,
+                RuleKind::SkipOutbound,
                 &settings.skip_outbound_ports,
                 &settings.skip_outbound_subnets,
             ),
             (
-                Direction::Inbound,
+                RuleKind::SkipInbound,
                 &settings.skip_inbound_ports,
                 &settings.skip_inbound_subnets,
             ),
         ] {
-            for (bits, port) in ports.iter().flat_map(|range| port_prefixes(*range)) {
-                let rule = PortRule {
-                    pod,
-                    direction: direction as u16,
-                    port: port.to_be(),
-                };
-                rules.ports.insert((PortRule::FIXED_BITS + bits, rule));
+            for range in ports {
+                rules.add_ports(pod, kind, *range, SET);
             }
             for net in nets {
-                let (bits, peer) = net_prefix(net);
-                let rule = NetRule {
-                    pod,
-                    direction: direction as u32,
-                    peer,
-                };
-                rules.nets.insert((NetRule::FIXED_BITS + bits, rule));
+                rules.add_net(pod, kind, net);
             }
         }
+        for (port, flags) in probed_ports(settings, probes) {
+            let range = PortRange {
+                first: port,
+                last: port,
+            };
+            rules.add_ports(pod, RuleKind::Probe, range, flags);
+        }
+        for address in probes.from.iter().filter(|_| !probes.list.is_empty()) {
+            rules.add_net(pod, RuleKind::Probe, &IpNet::from(*address));
+        }
         rules
+    }
+
+    fn add_ports(&mut self, pod: u32, kind: RuleKind, range: PortRange, value: u32) {
+        for (bits, port) in port_prefixes(range) {
+            let rule = PortRule {
+                pod,
+                kind: kind as u16,
+                port: port.to_be(),
+            };
+            self.ports
+                .insert((PortRule::FIXED_BITS + bits, rule), value);
+        }
+    }
+
+    fn add_net(&mut self, pod: u32, kind: RuleKind, net: &IpNet) {
+        let (bits, peer) = net_prefix(net);
+        let rule = NetRule {
+            pod,
+            kind: kind as u32,
+            peer,
+        };
+        self.nets.insert((NetRule::FIXED_BITS + bits, rule));
     }
 
     /// What the maps hold for each pod now.
     pub fn in_force(maps: &Maps) -> HashMap<u32, Self> {
         let mut found = HashMap::<u32, Self>::new();
-        for key in maps.port_rules.keys().flatten() {
+        for (key, value) in maps.port_rules.iter().flatten() {
             let (bits, rule) = (key.prefix_len(), key.data());
-            found
-                .entry(rule.pod)
-                .or_default()
-                .ports
-                .insert((bits, rule));
+            let pod = found.entry(rule.pod).or_default();
+            pod.ports.insert((bits, rule), value);
         }
         for key in maps.net_rules.keys().flatten() {
             let (bits, rule) = (key.prefix_len(), key.data());
@@ -87,14 +111,18 @@ impl PodRules {
     /// Brings the maps from `old` to this. New rules come first, so that nothing that is opted
     /// out before and after is steered in between.
     pub fn replace(&self, old: &Self, maps: &mut Maps) -> Result<(), MapError> {
-        for (bits, rule) in missing(&self.ports, &old.ports) {
-            maps.port_rules.insert(&prefix(bits, rule), 1, 0)?;
+        for (place @ (bits, rule), value) in &self.ports {
+            if old.ports.get(place) != Some(value) {
+                maps.port_rules.insert(&prefix(*bits, *rule), value, 0)?;
+            }
         }
         for (bits, rule) in missing(&self.nets, &old.nets) {
-            maps.net_rules.insert(&prefix(bits, rule), 1, 0)?;
+            maps.net_rules.insert(&prefix(bits, rule), SET, 0)?;
         }
-        for (bits, rule) in missing(&old.ports, &self.ports) {
-            unless_absent(maps.port_rules.remove(&prefix(bits, rule)))?;
+        for place @ (bits, rule) in old.ports.keys() {
+            if !self.ports.contains_key(place) {
+                unless_absent(maps.port_rules.remove(&prefix(*bits, *rule)))?;
+            }
         }
         for (bits, rule) in missing(&old.nets, &self.nets) {
             unless_absent(maps.net_rules.remove(&prefix(bits, rule)))?;
@@ -102,7 +130,7 @@ impl PodRules {
         Ok(())
     }
 
-    /// Whether both have the same opt-outs, whatever else the pod's settings are.
+    /// Whether both have the same rules, whatever else the pod's settings are.
     pub fn has_same_rules(&self, other: &Self) -> bool {
         self.ports == other.ports && self.nets == other.nets
     }
@@ -141,8 +169,28 @@ fn missing<'a, T: Copy + Eq + Hash>(
     from.difference(other).copied()
 }
 
-fn flags(settings: &Settings) -> u32 {
+/// What is probed on each port that is, as [`probe_flags`].
+fn probed_ports(settings: &Settings, probes: &Probes) -> HashMap<u16, u32> {
+    let mut ports = HashMap::new();
+    for probe in &probes.list {
+        let flags = ports.entry(probe.port).or_default();
+        *flags |= match probe.ask {
+            Ask::TcpSocket => probe_flags::TCP,
+            Ask::HttpGet { .. } => probe_flags::HTTP,
+            Ask::Grpc { .. } => probe_flags::GRPC,
+        };
+        if settings.mtls_on(probe.port) == MtlsMode::Strict {
+            *flags |= probe_flags::STRICT;
+        }
+    }
+    ports
+}
+
+fn flags(settings: &Settings, probes: &Probes) -> u32 {
     let mut flags = 0;
+    if !probes.list.is_empty() {
+        flags |= pod_flags::PROBES;
+    }
     if settings.fail_mode == FailMode::Open {
         flags |= pod_flags::FAIL_OPEN;
     }

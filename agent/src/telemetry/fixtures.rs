@@ -1,6 +1,6 @@
 //! What the tests of this module share.
 
-use crate::model::{Settings, SpiffeId, Workload, WorkloadId};
+use crate::model::{Probes, Settings, SpiffeId, Workload, WorkloadId};
 
 /// A pod of that name, with a service account of the same name.
 pub(super) fn workload(name: &str) -> Workload {
@@ -17,6 +17,7 @@ pub(super) fn workload(name: &str) -> Workload {
         netns: None,
         addresses: Vec::new(),
         ports: Vec::new(),
+        probes: Probes::default(),
         labels: Vec::new(),
         meshed: true,
         settings: Settings::default(),

@@ -149,6 +149,10 @@ pub(super) struct WorkloadEntry {
     /// Ports that the pod declares.
     #[serde(default)]
     pub(super) ports: Vec<PortEntry>,
+    /// What the kubelet asks of the pod's containers, from an address of its node. In strict mode too
+    /// it reaches the app, and nothing else from there does.
+    #[serde(default)]
+    pub(super) probes: Vec<At<ProbeEntry>>,
     /// Labels of the pod.
     #[serde(default)]
     pub(super) labels: BTreeMap<String, String>,
@@ -179,6 +183,46 @@ pub(super) struct PortEntry {
     /// The TCP port, 1 to 65535.
     #[schemars(range(min = 1))]
     pub(super) port: At<u16>,
+}
+
+/// One probe of a container: exactly one of the fields.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct ProbeEntry {
+    /// A GET request.
+    pub(super) http_get: Option<HttpGetEntry>,
+    /// A connection that is opened and closed.
+    pub(super) tcp_socket: Option<TcpSocketEntry>,
+    /// A health check as gRPC's health checking protocol has it, without TLS.
+    pub(super) grpc: Option<GrpcEntry>,
+}
+
+/// A GET request.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct HttpGetEntry {
+    /// Path of the request, with its query where it has one: no other one passes. Default: `/`.
+    pub(super) path: Option<At<String>>,
+    /// Number or name of the port.
+    pub(super) port: At<PortText>,
+}
+
+/// A connection that is opened and closed.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct TcpSocketEntry {
+    /// Number or name of the port.
+    pub(super) port: At<PortText>,
+}
+
+/// A health check as gRPC's health checking protocol has it.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct GrpcEntry {
+    /// Number or name of the port.
+    pub(super) port: At<PortText>,
+    /// The service that is asked for. Default: the server as a whole.
+    pub(super) service: Option<At<String>>,
 }
 
 /// What can be chosen for a workload. A field that is left out is taken from the next level:
@@ -277,30 +321,65 @@ impl JsonSchema for PortsText {
 
 impl<'de> Deserialize<'de> for PortsText {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Visitor;
+        number_or_text(deserializer, "a port or a range of ports").map(Self)
+    }
+}
 
-        impl de::Visitor<'_> for Visitor {
-            type Value = PortsText;
+/// A port as the file refers to it: its number, or the name that the workload declares it under.
+#[derive(Debug)]
+pub(super) struct PortText(pub(super) String);
 
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a port or a range of ports")
-            }
+impl JsonSchema for PortText {
+    fn schema_name() -> Cow<'static, str> {
+        "Port".into()
+    }
 
-            fn visit_u64<E: de::Error>(self, port: u64) -> Result<PortsText, E> {
-                Ok(PortsText(port.to_string()))
-            }
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "description": "A TCP port, or the name of one that the workload declares.",
+            "anyOf": [
+                {"type": "integer", "minimum": 1, "maximum": 65535},
+                {"type": "string"},
+            ],
+            "examples": [8080, "http"],
+        })
+    }
+}
 
-            fn visit_i64<E: de::Error>(self, port: i64) -> Result<PortsText, E> {
-                Ok(PortsText(port.to_string()))
-            }
+impl<'de> Deserialize<'de> for PortText {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        number_or_text(deserializer, "a port or the name of one").map(Self)
+    }
+}
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<PortsText, E> {
-                Ok(PortsText(text.to_owned()))
-            }
+/// Reads either as text.
+fn number_or_text<'de, D: Deserializer<'de>>(
+    deserializer: D,
+    expected: &'static str,
+) -> Result<String, D::Error> {
+    struct Visitor(&'static str);
+
+    impl de::Visitor<'_> for Visitor {
+        type Value = String;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str(self.0)
         }
 
-        deserializer.deserialize_any(Visitor)
+        fn visit_u64<E: de::Error>(self, number: u64) -> Result<String, E> {
+            Ok(number.to_string())
+        }
+
+        fn visit_i64<E: de::Error>(self, number: i64) -> Result<String, E> {
+            Ok(number.to_string())
+        }
+
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<String, E> {
+            Ok(text.to_owned())
+        }
     }
+
+    deserializer.deserialize_any(Visitor(expected))
 }
 
 #[cfg(test)]
@@ -339,10 +418,11 @@ mod tests {
         assert_eq!(
             names.join(" "),
             "addresses bpffs certificateLifetime cgroup connectTimeout dialPorts directory egress \
-             egressAllowSubnets failMode identity idleTimeout interfaces labels maxConnections mesh meshConnectTimeout mode mtls mtlsByPort name namespace \
-             namespaces nested netns node nodes port ports runtime serviceAccount settings \
+             egressAllowSubnets failMode grpc httpGet identity idleTimeout interfaces labels maxConnections mesh meshConnectTimeout mode mtls mtlsByPort name namespace \
+             namespaces nested netns node nodes path port ports probes runtime service \
+             serviceAccount settings \
              skipInboundPorts skipInboundSubnets skipOutboundPorts skipOutboundSubnets \
-             trustDomain workloads"
+             tcpSocket trustDomain workloads"
         );
     }
 

@@ -96,7 +96,7 @@ impl Enrolment {
             let healed = state
                 .rules
                 .replace(&entries.rules, lock(&inner.programs).maps());
-            let what = "the opt-outs in the maps were other ones";
+            let what = "the opt-outs or probes in the maps were other ones";
             audited.found(&inner.workload, Kind::OptOut, what, healed);
         }
         drop(state);

@@ -52,7 +52,7 @@ const ERRORS: [&str; 4] = ["i/o", "identity required", "loadshed", "unexpected"]
 /// The place in [`ERRORS`] of a reason. `None`: a refusal by policy, which is no error.
 const fn error(reason: Reason) -> Option<usize> {
     match reason {
-        Reason::PlaintextRefused | Reason::EgressRefused => None,
+        Reason::PlaintextRefused | Reason::EgressRefused | Reason::ProbeUndeclared => None,
         Reason::ConnectRefused
         | Reason::ConnectTimeout
         | Reason::ConnectFailed

@@ -3,6 +3,7 @@
 //! Pure: reads no file and no clock. A text that isn't a mesh file at all has one problem, the
 //! first; of one that is, all mistakes are told at once, in the order in which they are checked.
 
+mod probes;
 mod settings;
 mod values;
 
@@ -10,7 +11,7 @@ mod values;
 mod tests;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     fmt,
     net::IpAddr,
     path::{Path, PathBuf},
@@ -83,7 +84,8 @@ impl Checker {
             .unwrap_or_else(|| DEFAULT_TRUST_DOMAIN.to_owned());
         let identity = self.identity(file);
         let nodes = self.nodes(&file.nodes);
-        let names: HashSet<&str> = nodes.iter().map(|node| node.name.as_str()).collect();
+        let by_name = nodes.iter().map(|node| (&*node.name, &*node.addresses));
+        let by_name: HashMap<&str, &[IpAddr]> = by_name.collect();
         let base = settings::resolve(
             self,
             file.settings.as_ref(),
@@ -98,7 +100,7 @@ impl Checker {
             .map(|(index, entry)| {
                 let context = Context {
                     trust_domain: &trust_domain,
-                    nodes: &names,
+                    nodes: &by_name,
                     namespaces: &namespaces,
                     base: &base,
                 };
@@ -213,7 +215,7 @@ impl Checker {
             );
         }
         if let Some(node) = &entry.node
-            && !context.nodes.contains(node.value.as_str())
+            && !context.nodes.contains_key(node.value.as_str())
         {
             self.problem(
                 node.line,
@@ -221,6 +223,7 @@ impl Checker {
                 format!("there is no node {} in this file", node.value),
             );
         }
+        let ports = self.ports(&entry.ports, path);
         let wider = context.namespaces.get(&namespace).unwrap_or(context.base);
         Workload {
             identity: Arc::new(SpiffeId {
@@ -234,7 +237,8 @@ impl Checker {
                 .map_or_else(String::new, |node| node.value.clone()),
             netns: self.netns(entry, *line, path, &id),
             addresses: self.addresses(&entry.addresses, path, &Owner::Workload(id.clone())),
-            ports: self.ports(&entry.ports, path),
+            probes: probes::probes(self, entry, path, &ports, context),
+            ports,
             labels: entry
                 .labels
                 .iter()
@@ -426,7 +430,8 @@ impl Checker {
 /// What the entry of a workload refers to.
 struct Context<'a> {
     trust_domain: &'a str,
-    nodes: &'a HashSet<&'a str>,
+    /// Addresses of the nodes by their name.
+    nodes: &'a HashMap<&'a str, &'a [IpAddr]>,
     /// Settings by namespace.
     namespaces: &'a HashMap<String, Settings>,
     /// Settings of namespaces without an entry.

@@ -5,7 +5,9 @@ mod refusals;
 use std::{fmt::Write as _, path::Path, time::Duration};
 
 use super::*;
-use crate::model::{EgressMode, FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange};
+use crate::model::{
+    Ask, EgressMode, FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange, Probe,
+};
 
 /// Every field of the format.
 const FULL: &str = r#"
@@ -31,6 +33,13 @@ workloads:
     netns: /run/netns/web
     addresses: [10.1.0.2, "fd01::2"]
     ports: [{name: http, port: 8080}, {port: 9090}]
+    probes:
+      - httpGet: {path: "/healthz?x=1", port: http}
+      - httpGet: {path: "/healthz?x=1", port: 8080}
+      - httpGet: {port: 9090}
+      - tcpSocket: {port: 5432}
+      - grpc: {port: http, service: ready}
+      - grpc: {port: 8080}
     labels: {app: web}
     mesh: enabled
     settings:
@@ -104,6 +113,22 @@ fn every_field_of_the_format_is_taken() {
     assert_eq!(
         web.ports.iter().map(|p| p.port).collect::<Vec<_>>(),
         [8080, 9090]
+    );
+    let probe = |port, ask| Probe { port, ask };
+    let get = |path: &str| Ask::HttpGet { path: path.into() };
+    let grpc = |service: &str| Ask::Grpc {
+        service: service.into(),
+    };
+    assert_eq!(web.probes.from, node.addresses);
+    assert_eq!(
+        web.probes.list,
+        [
+            probe(8080, get("/healthz?x=1")),
+            probe(9090, get("/")),
+            probe(5432, Ask::TcpSocket),
+            probe(8080, grpc("ready")),
+            probe(8080, grpc("")),
+        ]
     );
     assert_eq!(web.labels, [("app".to_owned(), "web".to_owned())]);
     assert!(web.is_enrolled());

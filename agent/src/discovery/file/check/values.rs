@@ -10,10 +10,13 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::model::{PortRange, ports};
+use crate::model::{PortRange, WorkloadPort, ports};
 
 /// The agent needs a choice of source ports: with fewer, clients that come and go clash.
 const FEWEST_DIAL_PORTS: usize = 1000;
+
+/// What a request may have at least, as RFC 9110 §4.1 has it, in front of a head of the same size.
+const LONGEST_TARGET: usize = 4096;
 
 /// Ten years. A limit keeps sums with a point in time from overflowing.
 const LONGEST_DURATION: Duration = Duration::from_hours(10 * 365 * 24);
@@ -126,6 +129,59 @@ pub(super) fn port_range(text: &str) -> Result<PortRange, String> {
         ));
     }
     Ok(PortRange { first, last })
+}
+
+/// A port by its number, or by its name among the `declared` ones.
+pub(super) fn port(text: &str, declared: &[WorkloadPort]) -> Result<u16, String> {
+    if text.bytes().all(|c| c.is_ascii_digit() || c == b'-') {
+        return match text.parse() {
+            Ok(0) => Err("port 0 stands for no port; write 1 to 65535".to_owned()),
+            Ok(port) if ports::is_agents(port) => Err(format!(
+                "{port} is a port of the agent; write the app's own"
+            )),
+            Ok(port) => Ok(port),
+            Err(_) => Err(format!("`{text}` is no port; write 1 to 65535, or a name")),
+        };
+    }
+    let is_it = |port: &&WorkloadPort| port.name.as_deref() == Some(text);
+    declared
+        .iter()
+        .find(is_it)
+        .map(|port| port.port)
+        .ok_or_else(|| {
+            let names: Vec<_> = declared.iter().filter_map(|p| p.name.as_deref()).collect();
+            let known = if names.is_empty() {
+                "`ports` of the workload names none".to_owned()
+            } else {
+                format!("named are: {}", names.join(", "))
+            };
+            format!("there is no port {text}; {known}")
+        })
+}
+
+/// The path of a request, with its query where it has one, as it stands in the request (RFC 9112
+/// §3.2.1).
+pub(super) fn request_target(text: &str) -> Result<String, String> {
+    if !text.starts_with('/') {
+        return Err(format!("`{text}` is no path; write one that begins with /"));
+    }
+    let is_allowed = |c: u8| c.is_ascii_graphic() && c != b'#';
+    if let Some(c) = text
+        .chars()
+        .find(|c| !c.is_ascii() || !is_allowed(*c as u8))
+    {
+        return Err(format!(
+            "`{}` has {c:?}, which no request has in its path; write it percent-encoded",
+            text.escape_debug()
+        ));
+    }
+    if text.len() > LONGEST_TARGET {
+        return Err(format!(
+            "has {} bytes; a probe may have at most {LONGEST_TARGET}",
+            text.len()
+        ));
+    }
+    Ok(text.to_owned())
 }
 
 /// The source ports that the agent uses towards the app.

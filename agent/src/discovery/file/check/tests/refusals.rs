@@ -181,6 +181,10 @@ fn workloads_are_checked() {
             "name: w, addresses: [10.1.0.1], ports: [{name: x, port: 80}, {name: x, port: 81}]",
             "ports[1].name: there is a port x already (line 4)",
         ),
+        (
+            "name: w, addresses: [10.1.0.1], probes: [{tcpSocket: {port: 80}}]",
+            "probes: stands without `node`: probes come from the node that the pod is on",
+        ),
     ] {
         let text = format!("{NODE}workloads:\n- {{{fields}}}");
         assert_eq!(
@@ -189,6 +193,72 @@ fn workloads_are_checked() {
             "{fields}"
         );
     }
+}
+
+#[test]
+fn probes_are_checked() {
+    for (probe, said) in [
+        (
+            "{}",
+            ": has none of httpGet, tcpSocket and grpc; a probe is exactly one of them",
+        ),
+        (
+            "{tcpSocket: {port: 80}, grpc: {port: 80}}",
+            ": has several of httpGet, tcpSocket and grpc; a probe is exactly one of them",
+        ),
+        (
+            "{exec: {command: [true]}}",
+            ".exec: unknown field; known here: httpGet, tcpSocket, grpc",
+        ),
+        ("{tcpSocket: {}}", ".tcpSocket: `port` is missing"),
+        (
+            "{tcpSocket: {port: 0}}",
+            ".tcpSocket.port: port 0 stands for no port; write 1 to 65535",
+        ),
+        (
+            "{grpc: {port: 70000}}",
+            ".grpc.port: `70000` is no port; write 1 to 65535, or a name",
+        ),
+        (
+            "{grpc: {port: 15008}}",
+            ".grpc.port: 15008 is a port of the agent; write the app's own",
+        ),
+        (
+            "{httpGet: {port: htpp}}",
+            ".httpGet.port: there is no port htpp; named are: http, db",
+        ),
+        (
+            "{httpGet: {path: healthz, port: http}}",
+            ".httpGet.path: `healthz` is no path; write one that begins with /",
+        ),
+        (
+            "{httpGet: {path: '/a b', port: http}}",
+            ".httpGet.path: `/a b` has ' ', which no request has in its path; write it \
+             percent-encoded",
+        ),
+        (
+            "{httpGet: {path: '/h#x', port: http}}",
+            ".httpGet.path: `/h#x` has '#', which no request has in its path; write it \
+             percent-encoded",
+        ),
+    ] {
+        let ports = "ports: [{name: http, port: 80}, {name: db, port: 5432}]";
+        let text = format!(
+            "{NODE}workloads:\n- {{name: w, node: a, netns: /w, addresses: [10.1.0.1], {ports}, \
+             probes: [{probe}]}}"
+        );
+        assert_eq!(
+            refusal(&text),
+            format!("mesh.yaml:4: workloads[0].probes[0]{said}"),
+            "{probe}"
+        );
+    }
+    let nameless = format!(
+        "{NODE}workloads:\n- {{name: w, node: a, netns: /w, addresses: [10.1.0.1], \
+         probes: [{{tcpSocket: {{port: db}}}}]}}"
+    );
+    let said = refusal(&nameless);
+    assert!(said.ends_with("there is no port db; `ports` of the workload names none"));
 }
 
 #[test]

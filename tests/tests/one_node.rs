@@ -17,8 +17,8 @@ use std::{
 };
 
 use malla_testbed::{
-    Agent, Capture, EchoApp, Fate, Node, PORT, Pod, PodSpec, SECRET, TcpState, Testbed, accept,
-    eventually, listen, payload, same_family, say,
+    Agent, Authority, Capture, EchoApp, Fate, IdentityVolume, Node, PORT, Pod, PodSpec, SECRET,
+    TcpState, Testbed, accept, eventually, listen, payload, same_family, say,
 };
 use socket2::SockRef;
 
@@ -26,6 +26,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// Within which a rule of the network's is honoured, and what a busy machine adds.
 const HONOURED: Duration = Duration::from_secs(30 + 5);
 const MESH: u16 = 15008;
+const DAY: Duration = Duration::from_hours(24);
 
 /// A meshed client, and a meshed server with an echoing app, beside each other.
 struct OneNode {
@@ -38,7 +39,10 @@ struct OneNode {
 
 impl OneNode {
     fn new(server_settings: &str) -> Self {
-        let mut bed = Testbed::new("onenode").unwrap();
+        Self::on(Testbed::new("onenode").unwrap(), server_settings)
+    }
+
+    fn on(mut bed: Testbed, server_settings: &str) -> Self {
         let node = bed.node("a").unwrap();
         let client = PodSpec::new("client").account("client");
         let client = bed.pod(&node, client).unwrap();
@@ -313,6 +317,34 @@ fn a_rule_of_the_network_between_two_pods_is_honoured_and_its_end_as_well() {
     assert_eq!(call(), Fate::Echoed);
 }
 
+/// An app with `CAP_NET_ADMIN` could lead the agent's question elsewhere than to the pod that the
+/// network keeps from it.
+#[test]
+fn a_pod_that_leads_its_witness_astray_is_not_believed() {
+    let mut one = OneNode::new("");
+    let node = Arc::clone(&one.node);
+    let friend = PodSpec::new("friend").account("friend");
+    let friend = one.bed.pod(&node, friend).unwrap();
+    let enrolled = "enrolled\tworkload=default/friend ";
+    one.agent().process().wait_for_log(enrolled, LIMIT).unwrap();
+    rule(&one, "drop");
+    let (to, friend) = (one.server.v4(), friend.v4());
+    let astray = format!(
+        "table ip astray {{ chain out {{ type nat hook output priority -100\n\
+         ip daddr {to} tcp dport 15008 dnat to {friend}\n}}\n}}\n"
+    );
+    let nft = one.client.command(["nft", "-f", "-"]);
+    nft.input(astray).run().unwrap();
+    // Its first connection opens the witness, the others find that it has strayed.
+    for _ in 0..3 {
+        assert_eq!(one.client.caller().call((to, PORT)), Fate::Reset);
+    }
+    assert_eq!(one.app.accepted(), 0);
+    // A tunnel was taken, where the friend can't prove to be the server.
+    let tunnel = format!("dst.addr={to}:15008 dst.hbone_addr={to}:8080");
+    one.wait_for_lines(&[&tunnel, "error=\"identity_mismatch\""], 3);
+}
+
 #[test]
 #[ignore = "long: a pair must be idle for a minute"]
 fn an_idle_pair_closes_its_witness_and_a_live_one_renews_it() {
@@ -415,6 +447,70 @@ fn what_lives_when_either_pod_leaves_the_mesh_goes_on_and_what_is_new_passes() {
         let said = format!("withdrawn\tworkload=default/{}", leaver.name());
         one.agent().process().wait_for_log(&said, LIMIT).unwrap();
     }
+}
+
+#[test]
+fn what_outlives_the_limit_of_either_pods_withdrawal_is_reset_and_withdrawn_at_both_ends() {
+    for client_leaves in [true, false] {
+        let bed = Testbed::new("onenode").unwrap();
+        let bed = bed.with_agent_arguments(["--withdraw-limit", "1s"]);
+        let one = OneNode::on(bed, "");
+        let live = one.open();
+        let leaver = if client_leaves {
+            &one.client
+        } else {
+            &one.server
+        };
+        withdraw(&one, leaver);
+        for mut stream in live {
+            let error = stream.read(&mut [0]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+        }
+        for direction in ["outbound", "inbound"] {
+            let direction = format!("direction=\"{direction}\"");
+            one.wait_for_lines(&[&direction, "error=\"withdrawn\""], 2);
+        }
+    }
+}
+
+#[test]
+fn a_revoked_certificate_cuts_what_goes_through_memory() {
+    let bed = Testbed::new("onenode").unwrap();
+    let mut volume = IdentityVolume::new(&bed).unwrap();
+    let anchor = Authority::anchor(&bed, "anchor", DAY).unwrap();
+    let issuer = anchor.issuer("issuer", DAY).unwrap();
+    let mut put = |list: Option<String>| {
+        let (ca, own) = (anchor.certificate().unwrap(), issuer.certificate().unwrap());
+        let key = issuer.key().unwrap();
+        let mut files = vec![
+            ("ca.crt", &*ca),
+            ("issuer.crt", &*own),
+            ("issuer.key", &*key),
+        ];
+        files.extend(list.as_deref().map(|list| ("crl.pem", list)));
+        volume.put(&files).unwrap();
+    };
+    put(None);
+    let one = OneNode::on(bed, "mtls: strict");
+    let mut live = one.open();
+    let log = one.agent().log();
+    let said = log.lines().find(|said| said.contains("/sa/server serial="));
+    let serial = said.unwrap().split_once("serial=\"").unwrap().1;
+    let serial = serial.split_once('"').unwrap().0.to_owned();
+    put(Some(issuer.list(&[serial]).unwrap()));
+    for stream in &mut live {
+        let error = stream.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    }
+    for direction in ["outbound", "inbound"] {
+        let direction = format!("direction=\"{direction}\"");
+        one.wait_for_lines(&[&direction, "error=\"certificate_revoked\""], 2);
+    }
+    // The pod gets another key and certificate at once.
+    eventually("the pods to speak again", LIMIT, || {
+        one.call().iter().all(|fate| *fate == Fate::Echoed)
+    })
+    .unwrap();
 }
 
 #[test]

@@ -104,6 +104,8 @@ pub(super) async fn serve_plaintext(
 
 /// A connection of another pod of this node, as the outbound side has it.
 pub(super) struct FromNeighbour<'a> {
+    /// Whose task carries it.
+    pub(super) pod: &'a Rc<PodContext>,
     pub(super) workload: Arc<Workload>,
     pub(super) client: &'a mut TcpStream,
     pub(super) source: SocketAddr,
@@ -148,7 +150,7 @@ pub(super) async fn serve_neighbour(
         destination,
         tunnelled: None,
     };
-    let record = Record::open(worker, pod, labels, &ends);
+    let record = Record::open(worker, from.pod, labels, &ends);
     let dialling = dial(worker, pod, &workload, source, destination);
     let dialled = pair
         .unless_cut(async { Ok(dialling.await.map_err(|error| error.reason())) })
@@ -186,7 +188,7 @@ pub(super) async fn serve_mesh(
         return;
     };
     let (peer, local) = (canonical(peer), canonical(local));
-    if worker.witnesses().know(peer, local) {
+    if worker.witnesses().accept(pod.pod.id, peer, local) {
         return witness::hold(socket).await;
     }
     let Some(admitted) = pod.admit() else {

@@ -20,7 +20,7 @@ use tokio::{sync::Notify, time::Instant};
 
 use super::{
     pod::PodContext,
-    witness::{self, End, Witness},
+    witness::{self, End, NoWitness, Witness},
     worker::Worker,
 };
 use crate::{model::Workload, telemetry::Failure};
@@ -28,9 +28,7 @@ use crate::{model::Workload, telemetry::Failure};
 /// A network that has come to refuse a pair is noticed within this time.
 const NOTICED: Duration = Duration::from_secs(30);
 /// So long after a witness was opened the next one is, which may take its time to fail.
-const RENEWAL: Duration = NOTICED
-    .saturating_sub(witness::LIMIT)
-    .saturating_sub(Duration::from_secs(1));
+const RENEWAL: Duration = NOTICED.saturating_sub(witness::LIMIT);
 /// A pair without a connection for so long closes its witness.
 const UNUSED_LIMIT: Duration = Duration::from_mins(1);
 /// How often a pair looks whether it is unused.
@@ -77,7 +75,8 @@ pub(super) struct Pair {
     state: Cell<State>,
     /// The state has changed, or the last connection of a pair that is over has ended.
     changed: Notify,
-    /// Whether it takes new connections: both pods have certificates.
+    /// Whether it takes new connections: both pods have certificates, and the witness is where it
+    /// should be. Else they take a tunnel.
     takes: Cell<bool>,
     live: RefCell<HashMap<u64, AbortHandle>>,
     next: Cell<u64>,
@@ -155,11 +154,12 @@ fn proven(worker: &Worker, source: &PodContext, destination: &PodContext) -> Opt
 }
 
 impl Pair {
-    /// Waits until the network is known to let the pair through.
-    pub(super) async fn allowed(&self) -> Result<(), Reason> {
+    /// Waits until the network is known to let the pair through. Not, where that can't be known: a
+    /// tunnel is taken.
+    pub(super) async fn allowed(&self) -> Result<bool, Reason> {
         loop {
             match self.state.get() {
-                State::Open => return Ok(()),
+                State::Open => return Ok(self.takes.get()),
                 State::Over(reason) => return Err(reason),
                 State::Opening => self.changed.notified().await,
             }
@@ -238,8 +238,9 @@ impl Pair {
         address: IpAddr,
         mut chains: Chains,
     ) -> Option<Reason> {
-        let mut witness = match self.open(worker, source, address).await {
-            Ok(witness) => witness,
+        let mut witness = None;
+        let mut strayed = match self.renew(worker, source, address, &mut witness).await {
+            Ok(strayed) => strayed,
             Err(reason) => return Some(reason),
         };
         let mut renewal = Instant::now() + RENEWAL;
@@ -270,46 +271,61 @@ impl Pair {
                 renewal = Instant::now() + RENEWAL;
                 continue;
             }
-            match proven(worker, source, &self.destination) {
-                Some(now) => {
-                    chains = now;
-                    self.takes.set(true);
-                }
-                // As in a tunnel, what lives goes on.
-                None => self.takes.set(false),
-            }
+            let proven = proven(worker, source, &self.destination);
+            let has_certificates = proven.is_some();
+            chains = proven.unwrap_or(chains);
             if end.is_some() {
                 self.set(State::Opening);
             }
-            match self.open(worker, source, address).await {
-                Ok(next) => witness = next,
-                Err(reason) if witness.is_none() || reason == Reason::NetworkPolicy => {
-                    return Some(reason);
+            let strayed_before = strayed;
+            strayed = match self.renew(worker, source, address, &mut witness).await {
+                // It is no upgrade, of which this worker would have heard.
+                Ok(true) if strayed_before && !self.live.borrow().is_empty() => {
+                    return Some(Reason::NetworkPolicy);
                 }
-                // For want of descriptors, say: the one that is there goes on to bear witness.
-                Err(_) => {}
-            }
+                Ok(strayed) => strayed,
+                Err(reason) => return Some(reason),
+            };
+            // As with a tunnel, what lives goes on without a certificate.
+            self.takes.set(has_certificates && !strayed);
             renewal = Instant::now() + RENEWAL;
         }
     }
 
-    /// Opens the next witness. A pod needs none to speak to itself.
-    async fn open(
+    /// Opens the next witness in the place of `witness`. A pod needs none to speak to itself. Whether
+    /// it has strayed; an error where nothing may go on.
+    async fn renew(
         &self,
         worker: &Worker,
         source: &PodContext,
         address: IpAddr,
-    ) -> Result<Option<Witness>, Reason> {
-        let witness = if source.pod.id == self.destination.pod.id {
-            None
+        witness: &mut Option<Witness>,
+    ) -> Result<bool, Reason> {
+        let (from, to) = (&source.pod, &self.destination.pod);
+        let strayed = if from.id == to.id {
+            false
         } else {
-            Some(Witness::open(worker.witnesses(), &source.pod, address).await?)
+            match Witness::open(worker.witnesses(), from, to, address).await {
+                Ok(next) => {
+                    *witness = Some(next);
+                    false
+                }
+                Err(NoWitness::Strayed) => true,
+                // For want of descriptors, say: the one that is there goes on to bear witness.
+                Err(NoWitness::Failed(reason))
+                    if witness.is_some() && reason != Reason::NetworkPolicy =>
+                {
+                    false
+                }
+                Err(NoWitness::Failed(reason)) => return Err(reason),
+            }
         };
+        self.takes.set(self.takes.get() && !strayed);
         // It may be over meanwhile, and stays so.
         if self.state.get() == State::Opening {
             self.set(State::Open);
         }
-        Ok(witness)
+        Ok(strayed)
     }
 }
 

@@ -108,18 +108,33 @@ pub(super) async fn serve(
         {
             Err(Reason::EgressRefused.into())
         }
-        Route::Neighbour(_, pair) => {
-            through_memory(
-                &worker,
-                &pod,
-                pair,
-                &mut client,
-                source,
-                destination,
-                &record,
-            )
-            .await
-        }
+        Route::Neighbour(workload, pair) => match pair.allowed().await {
+            Ok(true) => {
+                record.proved();
+                let from = FromNeighbour {
+                    pod: &pod,
+                    workload: pod.workload(),
+                    client: &mut client,
+                    source,
+                    record: &record,
+                };
+                inbound::serve_neighbour(&worker, pair, from, destination).await
+            }
+            Ok(false) => {
+                record.tunnelled(SocketAddr::new(destination.ip(), ports::MESH));
+                through_mesh(
+                    &worker,
+                    &pod,
+                    workload,
+                    &mut client,
+                    source,
+                    destination,
+                    &record,
+                )
+                .await
+            }
+            Err(reason) => Err(reason.into()),
+        },
         Route::Plain(..) => plain(&worker, &pod, &mut client, destination, &record).await,
     };
     record.close(result);
@@ -248,26 +263,6 @@ async fn through_mesh(
     )
     .await
     .map_err(|end| lease.failed(end))
-}
-
-async fn through_memory(
-    worker: &Rc<Worker>,
-    pod: &PodContext,
-    pair: &Pair,
-    client: &mut TcpStream,
-    source: SocketAddr,
-    destination: SocketAddr,
-    record: &Record,
-) -> Result<(), Failure> {
-    pair.allowed().await?;
-    record.proved();
-    let from = FromNeighbour {
-        workload: pod.workload(),
-        client,
-        source,
-        record,
-    };
-    inbound::serve_neighbour(worker, pair, from, destination).await
 }
 
 async fn plain(

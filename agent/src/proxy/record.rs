@@ -17,6 +17,7 @@ use crate::{
 ///
 /// Dropped without a word, its task was cut: with the pod's enrolment, or with the agent.
 pub(super) struct Record {
+    /// Whose task carries the connection.
     pod: Rc<PodContext>,
     labels: ConnectionLabels,
     metrics: ConnectionMetrics,
@@ -25,9 +26,9 @@ pub(super) struct Record {
     ended: Cell<bool>,
     client: SocketAddr,
     /// The address that was dialled.
-    destination: SocketAddr,
+    destination: Cell<SocketAddr>,
     /// The authority of the CONNECT.
-    tunnelled: Option<SocketAddr>,
+    tunnelled: Cell<Option<SocketAddr>>,
     from_client: Cell<u64>,
     from_server: Cell<u64>,
 }
@@ -56,8 +57,8 @@ impl Record {
             proved,
             ended: Cell::new(false),
             client: ends.client,
-            destination: ends.destination,
-            tunnelled: ends.tunnelled,
+            destination: Cell::new(ends.destination),
+            tunnelled: Cell::new(ends.tunnelled),
             from_client: Cell::new(0),
             from_server: Cell::new(0),
         }
@@ -66,6 +67,12 @@ impl Record {
     /// The destination's agent has proved to be who discovery says.
     pub(super) fn proved(&self) {
         self.proved.set(true);
+    }
+
+    /// It takes a tunnel, to this mesh port, after all.
+    pub(super) fn tunnelled(&self, mesh: SocketAddr) {
+        let dialled = self.destination.replace(mesh);
+        self.tunnelled.set(Some(dialled));
     }
 
     pub(super) fn dialled(&self) {
@@ -124,11 +131,11 @@ impl Record {
                 identity: src.1,
             },
             dst: Party {
-                address: self.destination,
+                address: self.destination.get(),
                 workload: dst.0,
                 identity: dst.1,
             },
-            hbone_address: self.tunnelled,
+            hbone_address: self.tunnelled.get(),
             service: None,
             bytes_sent: sent.get(),
             bytes_received: received.get(),

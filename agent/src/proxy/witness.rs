@@ -5,16 +5,19 @@
 //! The network's policy (the CNI's) has its say by refusing it, by resetting it, or by letting
 //! nothing through when the next one is opened. That an agent ends its own end in good order says
 //! nothing of the network.
+//!
+//! A pod may be able to lead it astray, by rewriting what leaves its netns. So it counts only when
+//! this agent has accepted it in the other pod's netns, with the same 4-tuple.
 
 use std::{
-    collections::HashSet,
+    collections::HashMap,
     net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use malla_common::Reason;
-use tokio::{io::AsyncReadExt, net::TcpStream};
+use tokio::{io::AsyncReadExt, net::TcpStream, sync::Notify, time::timeout};
 
 use super::canonical;
 use crate::{
@@ -24,38 +27,63 @@ use crate::{
 };
 
 /// How long one may take to open. On one machine it takes less than a millisecond.
-pub(super) const LIMIT: Duration = Duration::from_secs(5);
+const OPEN_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long an open one may wait to be accepted. Then another has accepted it: the next agent during
+/// an upgrade, or somebody whom it was not meant for.
+const ACCEPTED_LIMIT: Duration = Duration::from_secs(1);
+
+/// How long both take at most.
+pub(super) const LIMIT: Duration = OPEN_LIMIT.saturating_add(ACCEPTED_LIMIT);
 
 /// The client's and the server's end.
 type Ends = (SocketAddr, SocketAddr);
 
 /// The witnesses of all workers, by which who accepts one tells it from a peer that shakes hands.
 #[derive(Debug, Default)]
-pub struct Witnesses(Mutex<HashSet<Ends>>);
+pub struct Witnesses(Mutex<HashMap<Ends, Expected>>);
+
+/// Where one is to be accepted, and who waits for that.
+#[derive(Debug)]
+struct Expected {
+    pod: u32,
+    accepted: Arc<Notify>,
+}
 
 impl Witnesses {
-    pub(super) fn know(&self, client: SocketAddr, server: SocketAddr) -> bool {
-        self.ends().contains(&(client, server))
+    /// Whether what was accepted in the netns of `pod` is one. If so, the other end is told.
+    pub(super) fn accept(&self, pod: u32, client: SocketAddr, server: SocketAddr) -> bool {
+        let ends = self.ends();
+        let expected = ends.get(&(client, server));
+        let expected = expected.filter(|expected| expected.pod == pod);
+        expected.inspect(|one| one.accepted.notify_one()).is_some()
     }
 
-    fn ends(&self) -> MutexGuard<'_, HashSet<Ends>> {
+    fn ends(&self) -> MutexGuard<'_, HashMap<Ends, Expected>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sends the SYN of one. Nobody asks for its ends before they are noted.
     fn begin(
         self: &Arc<Self>,
-        pod: &Pod,
+        from: &Pod,
+        to: u32,
         server: SocketAddr,
     ) -> Result<(Opening, Noted), DialError> {
-        let mut ends = self.ends();
-        let opening = Opening::begin(pod, server)?;
-        let noted = (canonical(opening.local), server);
-        ends.insert(noted);
-        drop(ends);
+        let accepted = Arc::default();
+        let expected = Expected {
+            pod: to,
+            accepted: Arc::clone(&accepted),
+        };
+        let mut noted = self.ends();
+        let opening = Opening::begin(from, server)?;
+        let ends = (canonical(opening.local), server);
+        noted.insert(ends, expected);
+        drop(noted);
         let noted = Noted {
             witnesses: Arc::clone(self),
-            ends: noted,
+            ends,
+            accepted,
         };
         Ok((opening, noted))
     }
@@ -66,6 +94,7 @@ impl Witnesses {
 struct Noted {
     witnesses: Arc<Witnesses>,
     ends: Ends,
+    accepted: Arc<Notify>,
 }
 
 impl Drop for Noted {
@@ -81,6 +110,15 @@ pub(super) struct Witness {
     _noted: Noted,
 }
 
+/// Why there is no witness.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum NoWitness {
+    /// It can't be opened.
+    Failed(Reason),
+    /// It is open, and not to where it should be.
+    Strayed,
+}
+
 /// How a witness ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum End {
@@ -91,20 +129,25 @@ pub(super) enum End {
 }
 
 impl Witness {
-    /// Opens one from `pod` to another pod of this node at `destination`.
+    /// Opens one from a pod to another one of this node at `address`.
     pub(super) async fn open(
         witnesses: &Arc<Witnesses>,
-        pod: &Pod,
-        destination: IpAddr,
-    ) -> Result<Self, Reason> {
-        let server = SocketAddr::new(destination, ports::MESH);
+        from: &Pod,
+        to: &Pod,
+        address: IpAddr,
+    ) -> Result<Self, NoWitness> {
+        let server = SocketAddr::new(address, ports::MESH);
         let opened = async {
-            let (opening, noted) = witnesses.begin(pod, server)?;
-            let stream = opening.open(LIMIT).await?;
+            let (opening, noted) = witnesses.begin(from, to.id, server)?;
+            let stream = opening.open(OPEN_LIMIT).await?;
             Ok((stream, noted))
         };
-        let (stream, noted) = opened.await.map_err(|error| reason_of(&error))?;
+        let opened = opened.await;
+        let (stream, noted) = opened.map_err(|error| NoWitness::Failed(reason_of(&error)))?;
         end_orderly(&*stream);
+        timeout(ACCEPTED_LIMIT, noted.accepted.notified())
+            .await
+            .map_err(|_| NoWitness::Strayed)?;
         Ok(Self {
             stream: stream.turned_into(Kind::Witness),
             _noted: noted,
@@ -161,7 +204,7 @@ mod tests {
             os(libc::ENETUNREACH),
             os(libc::EACCES),
             os(libc::EPERM),
-            DialError::Timeout(LIMIT),
+            DialError::Timeout(OPEN_LIMIT),
         ] {
             assert_eq!(reason_of(&refusal), Reason::NetworkPolicy, "{refusal}");
         }

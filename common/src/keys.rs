@@ -154,6 +154,49 @@ impl NetRule {
     pub const BITS: u32 = 192;
 }
 
+/// The target of a request that is probed, as it stands in the request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct ProbeTarget {
+    pub pod: u32,
+    pub port: u16,
+    pub length: u16,
+    /// A zero at least behind its end.
+    pub bytes: [u8; Self::LONGEST + 1],
+}
+
+impl ProbeTarget {
+    /// Most bytes that a target may have.
+    pub const LONGEST: usize = 247;
+
+    /// None where `target` is too long.
+    pub fn new(pod: u32, port: u16, target: &str) -> Option<Self> {
+        if target.len() > Self::LONGEST {
+            return None;
+        }
+        let mut bytes = [0; Self::LONGEST + 1];
+        for (place, byte) in bytes.iter_mut().zip(target.bytes()) {
+            *place = byte;
+        }
+        Some(Self {
+            pod,
+            port,
+            length: u16::try_from(target.len()).ok()?,
+            bytes,
+        })
+    }
+}
+
+/// How far a connection is that the kernel reads the requests of. Sequence numbers in host order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct ProbeFlow {
+    /// Where the last request began.
+    pub last: u32,
+    /// Where the next one must begin.
+    pub next: u32,
+}
+
 /// What was decided about a connection, at its SYN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
@@ -230,8 +273,8 @@ pub struct WorkerLoad {
 #[cfg(feature = "user")]
 mod user {
     use super::{
-        Address, Flow, ListenerKey, NetRule, Pair, PairSlots, PodEntry, PortRule, SocketState,
-        WorkerLoad,
+        Address, Flow, ListenerKey, NetRule, Pair, PairSlots, PodEntry, PortRule, ProbeTarget,
+        SocketState, WorkerLoad,
     };
 
     macro_rules! pod {
@@ -252,6 +295,7 @@ mod user {
         PairSlots,
         PodEntry,
         PortRule,
+        ProbeTarget,
         SocketState,
         WorkerLoad
     );
@@ -271,6 +315,8 @@ mod tests {
         assert_eq!(size_of::<Flow>(), 36);
         assert_eq!(size_of::<PortRule>(), 8);
         assert_eq!(size_of::<NetRule>(), 24);
+        assert_eq!(size_of::<ProbeTarget>(), 256);
+        assert_eq!(size_of::<ProbeFlow>(), 8);
         assert_eq!(size_of::<SocketState>(), 32);
         assert_eq!(size_of::<Pair>(), 32);
         assert_eq!(size_of::<PairSlots>(), 16);

@@ -22,6 +22,7 @@ use crate::{
     packet::{ETHERNET, Kind, NO_LINK_HEADER, Packet, socket_answers},
     probes::{app_listens, is_apps, probed},
     refuse::{Towards, answer},
+    requests::{await_requests, is_declared},
     sockets::agent_receives,
 };
 
@@ -116,13 +117,14 @@ fn open(ctx: &TcContext, packet: &Packet) -> i32 {
 fn probe(ctx: &TcContext, packet: &Packet, pod: &PodEntry, probed: u32) -> i32 {
     let lives = listener_lives(pod.pod, Role::Inbound);
     if is_apps(probed) || !lives {
-        if packet.has_payload(ctx) {
+        if packet.payload(ctx) != 0 {
             // TCP Fast Open. Its client sends the SYN again, without bytes.
             return drop(ctx, packet, Reason::ProbePayload);
         }
         let reason = if lives {
             Reason::Probe
         } else {
+            await_requests(packet);
             Reason::ProbeWithoutAgent
         };
         return pass(ctx, packet, Outcome::Passed, reason);
@@ -143,7 +145,11 @@ fn follow(ctx: &TcContext, packet: &Packet) -> i32 {
         return TC_ACT_UNSPEC;
     };
     let probed = probed(pod, flow);
-    if probed == 0 || pod.flags & pod_flags::WITHDRAWN != 0 || !packet.has_payload(ctx) {
+    if probed == 0 || pod.flags & pod_flags::WITHDRAWN != 0 {
+        return TC_ACT_UNSPEC;
+    }
+    let payload = packet.payload(ctx);
+    if payload == 0 {
         return TC_ACT_UNSPEC;
     }
     let lives = listener_lives(pod.pod, Role::Inbound);
@@ -154,7 +160,11 @@ fn follow(ctx: &TcContext, packet: &Packet) -> i32 {
     if agent_receives(ctx, flow) {
         return TC_ACT_UNSPEC;
     }
-    if !lives && probed & (probe_flags::HTTP | probe_flags::GRPC) != 0 {
+    // HTTP/2 can't be read here.
+    if !lives && probed & probe_flags::GRPC != 0 {
+        return TC_ACT_UNSPEC;
+    }
+    if !lives && probed & probe_flags::HTTP != 0 && is_declared(ctx, packet, pod.pod, payload) {
         return TC_ACT_UNSPEC;
     }
     drop(ctx, packet, Reason::ProbePayload)

@@ -12,6 +12,7 @@ mod maps;
 mod packet;
 mod probes;
 mod refuse;
+mod requests;
 mod sockets;
 
 /// bpf-linker demands one; the programs have no panicking path.

@@ -12,7 +12,7 @@ use aya_ebpf::{
 };
 use malla_common::{
     Address, Counter, Direction, Flow, ListenerKey, MAX_WORKERS, NetRule, Outcome, Pair, PairSlots,
-    PodEntry, PortRule, Reason, Role, RuleKind, Unit, WorkerLoad,
+    PodEntry, PortRule, ProbeFlow, ProbeTarget, Reason, Role, RuleKind, Unit, WorkerLoad,
 };
 
 /// Ids of the cgroups that living agents run in.
@@ -38,6 +38,14 @@ pub static PORT_RULES: LpmTrie<PortRule, u32, 65536> = LpmTrie::new();
 /// Rules about networks: opt-outs, where probes come from.
 #[btf_map]
 pub static NET_RULES: LpmTrie<NetRule, u32, 65536> = LpmTrie::new();
+
+/// Requests that are probed.
+#[btf_map]
+pub static PROBE_TARGETS: HashMap<ProbeTarget, u32, 8192> = HashMap::new();
+
+/// Connections that the app has with who probes it while no agent lives.
+#[btf_map]
+pub static PROBE_FLOWS: LruHashMap<Flow, ProbeFlow, 16384> = LruHashMap::new();
 
 /// Interface that a SYN to a link-local address left by.
 #[btf_map]

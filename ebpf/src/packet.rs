@@ -228,23 +228,24 @@ impl Packet {
         self.flags & flags != 0
     }
 
-    /// Whether it carries bytes of its connection, or can't be asked. The IP header tells, since a
-    /// device may have padded the frame; of a packet too large for it (BIG TCP) it says 0.
+    /// How many bytes of its connection it carries; very many where it can't be asked. The IP header
+    /// tells, since a device may have padded the frame; of a packet too large for it (BIG TCP) it
+    /// says 0.
     #[inline(always)]
-    pub fn has_payload(&self, ctx: &TcContext) -> bool {
+    pub fn payload(&self, ctx: &TcContext) -> u32 {
         let (field, headers) = if self.flow.source.is_v4() {
             (2, 0)
         } else {
             (4, 40)
         };
         let Ok(length) = ctx.load::<u16>((self.ip + field) as usize) else {
-            return true;
+            return u32::MAX;
         };
         let end = match u32::from(u16::from_be(length)) {
             0 => ctx.len(),
             length => self.ip + headers + length,
         };
-        end > self.tcp + self.tcp_length
+        end.saturating_sub(self.tcp + self.tcp_length)
     }
 
     /// A SYN that opens a connection.

@@ -12,7 +12,7 @@ use std::{
 };
 
 use malla_testbed::{
-    App, EchoApp, Fate, Metrics, Node, Pod, PodSpec, Process, Testbed, eventually, say,
+    App, Caller, EchoApp, Fate, Metrics, Node, Pod, PodSpec, Process, Testbed, eventually, say,
 };
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -286,6 +286,9 @@ fn while_no_agent_lives_probes_pass_and_nothing_else_does() {
     for to in scene.server.addresses() {
         let to = |port: u16| SocketAddr::from((*to, port));
         assert_eq!(scene.probe(to(HTTP), PROBE), Fate::Echoed);
+        let mut stream = scene.a.caller(to(HTTP).ip()).connect(to(HTTP)).unwrap();
+        assert_eq!(say(&mut stream, WITH_QUERY), Fate::Echoed);
+        assert_eq!(say(&mut stream, PROBE), Fate::Echoed);
         drop(scene.a.caller(to(TCP).ip()).connect(to(TCP)).unwrap());
         let caller = scene.a.caller(to(TCP).ip()).saying(b"no probe");
         let caller = caller.patience(Duration::from_secs(1));
@@ -298,7 +301,7 @@ fn while_no_agent_lives_probes_pass_and_nothing_else_does() {
     }
     assert_eq!(
         (http.accepted(), tcp.accepted(), other.accepted()),
-        (2, 4, 0)
+        (4, 4, 0)
     );
     scene.assert_all_from_the_node(&http);
     // The app's end of a probe that it has closed is gone, as without a mesh.
@@ -316,6 +319,52 @@ fn while_no_agent_lives_probes_pass_and_nothing_else_does() {
     let served = || scene.probe(to, PROBE) == Fate::Echoed;
     eventually("the next agent to carry probes", LIMIT, served).unwrap();
     assert_eq!(scene.probe(to, UNDECLARED[0]), Fate::Reset);
+}
+
+#[test]
+fn while_no_agent_lives_the_kernel_reads_the_requests() {
+    let scene = Scene::new("mtls: strict");
+    let app = scene.server.echo(HTTP).unwrap();
+    scene.bed.agent(&scene.a).kill9();
+    let smuggled = [PROBE, UNDECLARED[0]].concat();
+    let line_feeds = b"GET /healthz HTTP/1.1\n\nGET /admin HTTP/1.1\r\n\r\n";
+    let more: [&[u8]; 4] = [
+        &smuggled,
+        line_feeds,
+        // Not in one packet.
+        &PROBE[..40],
+        b"GET /healthz HTTP/1.1",
+    ];
+    // An upgrade asks for an answer to a declared request: what would follow it is refused.
+    let upgrade = b"Upgrade".as_slice();
+    let asks_upgrade = |bytes: &[u8]| bytes.windows(upgrade.len()).any(|at| at == upgrade);
+    let all = UNDECLARED.into_iter().chain(more);
+    for bytes in all.filter(|bytes| !asks_upgrade(bytes)) {
+        let to = scene.addresses(HTTP)[bytes.len() % 2];
+        let caller = scene.a.caller(to.ip()).saying(bytes);
+        let caller = caller.patience(Duration::from_millis(300));
+        let said = String::from_utf8_lossy(bytes);
+        assert_eq!(caller.call(to), Fate::Silence, "{to}: {said}");
+    }
+    scene.assert_all_from_the_node(&app);
+    let to = scene.addresses(HTTP)[0];
+    let caller = scene.a.caller(to.ip());
+    let caller = caller.patience(Duration::from_millis(500));
+    let mut followed = caller.connect(to).unwrap();
+    assert_eq!(say(&mut followed, PROBE), Fate::Echoed);
+    assert_eq!(say(&mut followed, UNDECLARED[0]), Fate::Silence);
+    // Nor does what lives from then get past the next agent.
+    let mut old = caller.connect(to).unwrap();
+    assert_eq!(say(&mut old, PROBE), Fate::Echoed);
+    let mut scene = scene;
+    let node = Arc::clone(&scene.a);
+    scene.bed.start_agent(&node).unwrap();
+    let served = || scene.probe(to, PROBE) == Fate::Echoed;
+    eventually("the next agent to carry probes", LIMIT, served).unwrap();
+    assert_eq!(say(&mut old, UNDECLARED[0]), Fate::Silence);
+    let metrics = scene.metrics();
+    let dropped = metrics.steering_packets("inbound", "dropped", "probe_payload");
+    assert!(dropped >= 12.0, "{dropped}");
 }
 
 /// As a CNI's policy that lets the kubelet in (istio/istio#58531).
@@ -340,6 +389,38 @@ fn probes_pass_a_rule_that_accepts_only_the_node() {
     }
     assert_eq!(app.accepted(), 2);
     scene.assert_all_from_the_node(&app);
+}
+
+#[test]
+fn only_the_nodes_own_declared_addresses_probe() {
+    let mut bed = Testbed::new("probes").unwrap();
+    let (a, b) = (bed.node("a").unwrap(), bed.node("b").unwrap());
+    let spec = PodSpec::new("server").settings("mtls: strict");
+    let spec = spec.probe("httpGet: {path: /healthz, port: 8080}");
+    let server = bed.pod(&a, spec.probe("tcpSocket: {port: 5432}")).unwrap();
+    bed.start_agents().unwrap();
+    let apps = [HTTP, TCP].map(|port| server.echo(port).unwrap());
+    for to in server.addresses() {
+        for port in [HTTP, TCP] {
+            let to = SocketAddr::from((*to, port));
+            // Another node, and the bridge, whose address isn't in the file.
+            for caller in [b.caller(to.ip()), Caller::new(a.netns())] {
+                assert_eq!(caller.saying(PROBE).call(to), Fate::Reset, "{to}");
+            }
+        }
+    }
+    assert!(apps.iter().all(|app| app.accepted() == 0));
+}
+
+#[test]
+fn what_a_probed_port_takes_else_is_the_ports_own_mode() {
+    let scene = Scene::new("mtlsByPort: [{ports: 8080, mode: strict}]");
+    let _apps = [HTTP, BOTH].map(|port| scene.server.echo(port).unwrap());
+    for (port, expected) in [(HTTP, Fate::Reset), (BOTH, Fate::Echoed)] {
+        let to = scene.addresses(port)[0];
+        assert_eq!(scene.probe(to, PROBE), Fate::Echoed);
+        assert_eq!(scene.probe(to, UNDECLARED[0]), expected);
+    }
 }
 
 #[test]

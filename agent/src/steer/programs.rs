@@ -17,7 +17,9 @@ use aya::{
     pin::PinError,
     programs::{ProgramError, ProgramFd, ProgramInfo, SchedClassifier, SkLookup},
 };
-use malla_common::{Address, Flow, ListenerKey, NetRule, PodEntry, PortRule, WorkerLoad};
+use malla_common::{
+    Address, Flow, ListenerKey, NetRule, PodEntry, PortRule, ProbeTarget, WorkerLoad,
+};
 
 use super::{attach::TcMethod, cgroup::CgroupId, dial::OwnDial};
 
@@ -32,13 +34,15 @@ const PROGRAMS: [&str; 5] = ["egress", "egress_l3", "ingress", "ingress_l3", "lo
 /// The program of a netns; the others are those of interfaces.
 pub const LOOKUP: &str = "lookup";
 
-const MAPS: [&str; 14] = [
+const MAPS: [&str; 16] = [
     "AGENTS",
     "PODS",
     "LISTENERS",
     "OWN_DIAL",
     "PORT_RULES",
     "NET_RULES",
+    "PROBE_TARGETS",
+    "PROBE_FLOWS",
     "SCOPES",
     "WORKERS",
     "WORKER_LOADS",
@@ -156,6 +160,7 @@ pub struct Maps {
     pub inbound_sockets: SkStorage<MapData, u32>,
     pub port_rules: LpmTrie<MapData, PortRule, u32>,
     pub net_rules: LpmTrie<MapData, NetRule, u32>,
+    pub probe_targets: BpfHashMap<MapData, ProbeTarget, u32>,
     pub workers: Array<MapData, u32>,
 }
 
@@ -193,6 +198,7 @@ impl Programs {
             inbound_sockets: map(&mut ebpf, "INBOUND_SOCKETS")?,
             port_rules: map(&mut ebpf, "PORT_RULES")?,
             net_rules: map(&mut ebpf, "NET_RULES")?,
+            probe_targets: map(&mut ebpf, "PROBE_TARGETS")?,
             workers: map(&mut ebpf, "WORKERS")?,
         };
         Ok(Self {

@@ -8,7 +8,9 @@ use std::{
 
 use aya::maps::MapError;
 use ipnet::IpNet;
-use malla_common::{Address, NetRule, PodEntry, PortRule, RuleKind, pod_flags, probe_flags};
+use malla_common::{
+    Address, NetRule, PodEntry, PortRule, ProbeTarget, RuleKind, pod_flags, probe_flags,
+};
 
 use super::{
     pod::Pod,
@@ -28,6 +30,8 @@ pub struct PodRules {
     pub flags: u32,
     ports: HashMap<Prefix<PortRule>, u32>,
     nets: HashSet<Prefix<NetRule>>,
+    /// Requests that are probed.
+    targets: HashSet<ProbeTarget>,
 }
 
 impl PodRules {
@@ -64,6 +68,14 @@ impl PodRules {
                 last: port,
             };
             rules.add_ports(pod, RuleKind::Probe, range, flags);
+        }
+        for probe in &probes.list {
+            if let Ask::HttpGet { path } = &probe.ask {
+                // A longer one isn't accepted by discovery.
+                rules
+                    .targets
+                    .extend(ProbeTarget::new(pod, probe.port, path));
+            }
         }
         for address in probes.from.iter().filter(|_| !probes.list.is_empty()) {
             rules.add_net(pod, RuleKind::Probe, &IpNet::from(*address));
@@ -105,6 +117,9 @@ impl PodRules {
             let (bits, rule) = (key.prefix_len(), key.data());
             found.entry(rule.pod).or_default().nets.insert((bits, rule));
         }
+        for target in maps.probe_targets.keys().flatten() {
+            found.entry(target.pod).or_default().targets.insert(target);
+        }
         found
     }
 
@@ -119,6 +134,9 @@ impl PodRules {
         for (bits, rule) in missing(&self.nets, &old.nets) {
             maps.net_rules.insert(&prefix(bits, rule), SET, 0)?;
         }
+        for target in self.targets.difference(&old.targets) {
+            maps.probe_targets.insert(target, SET, 0)?;
+        }
         for place @ (bits, rule) in old.ports.keys() {
             if !self.ports.contains_key(place) {
                 unless_absent(maps.port_rules.remove(&prefix(*bits, *rule)))?;
@@ -127,18 +145,22 @@ impl PodRules {
         for (bits, rule) in missing(&old.nets, &self.nets) {
             unless_absent(maps.net_rules.remove(&prefix(bits, rule)))?;
         }
+        for target in old.targets.difference(&self.targets) {
+            unless_absent(maps.probe_targets.remove(target))?;
+        }
         Ok(())
     }
 
     /// Whether both have the same rules, whatever else the pod's settings are.
     pub fn has_same_rules(&self, other: &Self) -> bool {
-        self.ports == other.ports && self.nets == other.nets
+        self.ports == other.ports && self.nets == other.nets && self.targets == other.targets
     }
 
     /// Adds the entries of `other`.
     pub fn absorb(&mut self, other: &Self) {
         self.ports.extend(&other.ports);
         self.nets.extend(&other.nets);
+        self.targets.extend(&other.targets);
     }
 
     pub fn entry(&self, pod: &Pod) -> PodEntry {

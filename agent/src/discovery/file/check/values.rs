@@ -9,14 +9,12 @@ use std::{
 };
 
 use ipnet::IpNet;
+use malla_common::ProbeTarget;
 
 use crate::model::{PortRange, WorkloadPort, ports};
 
 /// The agent needs a choice of source ports: with fewer, clients that come and go clash.
 const FEWEST_DIAL_PORTS: usize = 1000;
-
-/// What a request may have at least, as RFC 9110 §4.1 has it, in front of a head of the same size.
-const LONGEST_TARGET: usize = 4096;
 
 /// Ten years. A limit keeps sums with a point in time from overflowing.
 const LONGEST_DURATION: Duration = Duration::from_hours(10 * 365 * 24);
@@ -175,10 +173,12 @@ pub(super) fn request_target(text: &str) -> Result<String, String> {
             text.escape_debug()
         ));
     }
-    if text.len() > LONGEST_TARGET {
+    // The kernel reads it too.
+    if text.len() > ProbeTarget::LONGEST {
         return Err(format!(
-            "has {} bytes; a probe may have at most {LONGEST_TARGET}",
-            text.len()
+            "has {} bytes; the path of a probe may have at most {}",
+            text.len(),
+            ProbeTarget::LONGEST
         ));
     }
     Ok(text.to_owned())

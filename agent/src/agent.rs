@@ -324,13 +324,13 @@ impl Agent {
             &self.pods,
             served.clone(),
         );
-        let tunnels = self.pods.workers.tunnels();
+        let (tunnels, ended) = (self.pods.workers.tunnels(), self.pods.workers.ended());
         let account = self.reconciler.account(served);
         let age = self.reconciler.persistence();
         tokio::spawn(async move {
-            let (tunnels, account) = tokio::join!(tunnels, account);
+            let (tunnels, ended, account) = tokio::join!(tunnels, ended, account);
             // Who asked may be gone.
-            let _ = request.send(sections.complete(&tunnels, account, age));
+            let _ = request.send(sections.complete(&tunnels, &ended, account, age));
         });
     }
 

@@ -3,11 +3,11 @@
 //! The same word stands in the kernel's counters, the metrics, the access log and the CLI.
 
 macro_rules! reasons {
-    ($($(#[$doc:meta])* $variant:ident = $word:literal,)+) => {
+    ($($(#[doc = $meaning:literal])+ $variant:ident = $word:literal,)+) => {
         /// Why a connection was refused, reset or let past the agent.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
         #[repr(u8)]
-        pub enum Reason { $($(#[$doc])* $variant,)+ }
+        pub enum Reason { $($(#[doc = $meaning])+ $variant,)+ }
 
         impl Reason {
             /// Every reason, in the order of their numbers.
@@ -16,6 +16,16 @@ macro_rules! reasons {
             /// The word for output.
             pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $word,)+ }
+            }
+
+            /// What it means, in a sentence for users.
+            pub const fn meaning(self) -> &'static str {
+                match self { $(Self::$variant => concat!($($meaning),+).trim_ascii_start(),)+ }
+            }
+
+            /// The reason that a word of output stands for.
+            pub fn from_word(word: &str) -> Option<Self> {
+                Self::ALL.iter().copied().find(|reason| reason.as_str() == word)
             }
         }
     };
@@ -143,6 +153,21 @@ mod tests {
                 .iter()
                 .filter(|other| other.as_str() == reason.as_str());
             assert_eq!(same.count(), 1, "{reason}");
+            assert_eq!(Reason::from_word(reason.as_str()), Some(*reason));
         }
+        assert_eq!(Reason::from_word("nonsense"), None);
+    }
+
+    #[test]
+    fn each_reason_is_explained_in_a_sentence() {
+        for reason in Reason::ALL {
+            let meaning = reason.meaning();
+            assert!(
+                meaning.ends_with('.') && !meaning.starts_with(' '),
+                "{reason}: {meaning}"
+            );
+        }
+        let meaning = Reason::PlaintextRefused.meaning();
+        assert_eq!(meaning, "A strict pod takes no plaintext.");
     }
 }

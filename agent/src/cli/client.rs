@@ -11,7 +11,11 @@ use std::{
 use anyhow::{Context, bail, ensure};
 
 use super::{metrics::Metrics, view::Config};
-use crate::{config::SOCKET_NAME, discovery::file, model::RUNTIME_FOLDERS};
+use crate::{
+    config::SOCKET_NAME,
+    discovery::file,
+    model::{Node, RUNTIME_FOLDERS},
+};
 
 /// How long each read may take: an agent that enrols many pods answers late.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -122,6 +126,14 @@ pub(super) struct Answer {
 }
 
 impl Client {
+    /// The agent of a node of the mesh file.
+    pub(super) fn of_node(node: &Node) -> Self {
+        Self {
+            socket: node.runtime.join(SOCKET_NAME),
+            start: format!("malla agent --config FILE --node {}", node.name),
+        }
+    }
+
     pub(super) fn socket(&self) -> &Path {
         &self.socket
     }

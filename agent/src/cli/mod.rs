@@ -10,6 +10,7 @@ mod client;
 mod diagnostics;
 mod documentation;
 mod edges;
+mod explain;
 mod mesh;
 mod metrics;
 mod stat;
@@ -44,6 +45,8 @@ enum Command {
     Diagnostics(diagnostics::Command),
     /// Who talks to whom, under which identities, and whether that is secured.
     Edges(edges::Arguments),
+    /// What would happen to a connection, by which rule, and what became of the last ones.
+    Explain(explain::Arguments),
     /// What the pods of the agent's node carry.
     Stat(stat::Arguments),
     /// Print the versions of this program and of the running agent.
@@ -78,6 +81,7 @@ pub fn main() -> ExitCode {
         Command::Check(arguments) => check::run(&arguments),
         Command::Diagnostics(command) => diagnostics::run(&command),
         Command::Edges(arguments) => edges::run(&arguments),
+        Command::Explain(arguments) => explain::run(&arguments),
         Command::Stat(arguments) => stat::run(&arguments),
         Command::Version(arguments) => version::run(&arguments),
         Command::Schema => print(&discovery::file::json_schema()),

@@ -12,6 +12,7 @@ pub(super) struct Config {
     pub(super) mesh: MeshFile,
     pub(super) workloads: Vec<Workload>,
     pub(super) refused: Vec<Refused>,
+    pub(super) ended: Vec<Ended>,
     pub(super) certificates: Certificates,
     pub(super) ledger: Ledger,
     pub(super) audit: Audit,
@@ -54,6 +55,19 @@ pub(super) struct Degraded {
 pub(super) struct Refused {
     pub(super) workload: String,
     pub(super) why: String,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Ended {
+    /// RFC 3339.
+    pub(super) at: String,
+    pub(super) direction: String,
+    pub(super) source: String,
+    pub(super) destination: String,
+    /// None: in good order.
+    pub(super) reason: Option<String>,
+    pub(super) times: u64,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]

@@ -26,6 +26,8 @@ pub struct Document {
     /// Workloads of this node that can't be enrolled.
     pub refused: Vec<Refused>,
     pub tunnels: Vec<Tunnel>,
+    /// The last connections that ended or were refused, the newest first.
+    pub ended: Vec<Ended>,
     pub certificates: Certificates,
     pub ledger: Ledger,
     pub audit: Audit,
@@ -197,6 +199,22 @@ pub struct Tunnel {
     pub streams: usize,
     #[serde(serialize_with = "seconds")]
     pub age_seconds: Duration,
+}
+
+/// Connections that ended alike: the same ends, for the same reason.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Ended {
+    /// When the last one did.
+    #[serde(serialize_with = "time")]
+    pub at: SystemTime,
+    pub direction: &'static str,
+    pub source: IpAddr,
+    /// What the client dialled.
+    pub destination: SocketAddr,
+    /// Absent: in good order.
+    pub reason: Option<&'static str>,
+    pub times: u64,
 }
 
 /// Certificates and what they hang on.

@@ -1,18 +1,19 @@
 //! Fills the document: what the main task knows at once, and what has to be asked for.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     io,
     path::PathBuf,
     time::{Duration, SystemTime},
 };
 
+use malla_common::Reason;
 use tokio::{task::JoinError, time::Instant};
 
 use super::document::{
     Audit, AuthorityPart, Certificate, Certificates, Degraded, Descriptors, Difference, Document,
-    Interface, Ledger, ListenerPorts, MeshFile, Refusal, Refused, Sockets, SocketsDifference,
-    Tunnel, Workload, WorkloadLedger,
+    Ended, Interface, Ledger, ListenerPorts, MeshFile, Refusal, Refused, Sockets,
+    SocketsDifference, Tunnel, Workload, WorkloadLedger,
 };
 use crate::{
     discovery::Status,
@@ -112,6 +113,7 @@ impl Sections {
     pub fn complete(
         self,
         tunnels: &[proxy::Tunnel],
+        ended: &[proxy::Ended],
         account: Result<io::Result<Account>, JoinError>,
         age: impl Fn(&ledger::Difference) -> Duration,
     ) -> Document {
@@ -129,6 +131,7 @@ impl Sections {
             workloads: self.workloads,
             refused: self.refused,
             tunnels,
+            ended: last_ended(ended),
             certificates: self.certificates,
             ledger: match account {
                 Ok(account) => ledger_section(&account, &self.served, age),
@@ -213,6 +216,34 @@ fn tunnel(told: &proxy::Tunnel, served: &[Served]) -> Tunnel {
 }
 
 /// The ends of what the node's identities hang on.
+/// Those of all workers together: what ended alike on several is told once.
+fn last_ended(ended: &[proxy::Ended]) -> Vec<Ended> {
+    let mut together: HashMap<_, proxy::Ended> = HashMap::new();
+    for one in ended {
+        let key = (one.direction, one.source, one.destination, one.reason);
+        together
+            .entry(key)
+            .and_modify(|sum| {
+                sum.at = sum.at.max(one.at);
+                sum.times += one.times;
+            })
+            .or_insert(*one);
+    }
+    let mut together: Vec<_> = together.into_values().collect();
+    together.sort_unstable_by_key(|one| std::cmp::Reverse(one.at));
+    together
+        .iter()
+        .map(|one| Ended {
+            at: one.at,
+            direction: one.direction.as_str(),
+            source: one.source,
+            destination: one.destination,
+            reason: one.reason.map(Reason::as_str),
+            times: one.times,
+        })
+        .collect()
+}
+
 pub fn certificates(certificates: &identity::Certificates) -> Certificates {
     let mut workloads: Vec<_> = certificates
         .expirations()

@@ -8,6 +8,7 @@ mod activity;
 mod buffers;
 mod coalesce;
 mod cut;
+mod ended;
 mod handshakes;
 mod hbone;
 mod inbound;
@@ -29,6 +30,7 @@ mod worker;
 
 use std::net::SocketAddr;
 
+pub use ended::Ended;
 pub use pod::PodConnections;
 pub use tunnels::Tunnel;
 pub use worker::{Shared, Workers};

@@ -4,7 +4,7 @@ use std::{cell::Cell, net::SocketAddr, rc::Rc, sync::Arc};
 
 use malla_common::Reason;
 
-use super::{pod::PodContext, worker::Worker};
+use super::{ended::LastEnded, pod::PodContext, worker::Worker};
 use crate::{
     model::Workload,
     telemetry::{
@@ -19,6 +19,7 @@ use crate::{
 pub(super) struct Record {
     /// Whose task carries the connection.
     pod: Rc<PodContext>,
+    last_ended: Rc<LastEnded>,
     labels: ConnectionLabels,
     metrics: ConnectionMetrics,
     /// Whether the other end has proved the identity that the labels name.
@@ -52,6 +53,7 @@ impl Record {
         let proved = Cell::new(labels.direction == Direction::Inbound);
         Self {
             pod: Rc::clone(pod),
+            last_ended: Rc::clone(&worker.ended),
             labels,
             metrics,
             proved,
@@ -102,6 +104,12 @@ impl Record {
 
     fn end(&self, failure: Option<Failure>) {
         self.ended.set(true);
+        self.last_ended.add(
+            self.labels.direction,
+            self.client,
+            self.tunnelled.get().unwrap_or(self.destination.get()),
+            failure.map(|failure| failure.reason),
+        );
         self.log(failure.map(|failure| failure.reason));
         match failure {
             None => self.metrics.close(),

@@ -26,6 +26,7 @@ use tokio::{
 use super::{
     accept,
     buffers::Buffers,
+    ended::{Ended, LastEnded},
     handshakes::Handshakes,
     load::{self, Board, InboundTunnels},
     neighbours::Neighbours,
@@ -88,6 +89,9 @@ enum Command {
     },
     ListTunnels {
         told: oneshot::Sender<Vec<Tunnel>>,
+    },
+    ListEnded {
+        told: oneshot::Sender<Vec<Ended>>,
     },
 }
 
@@ -209,16 +213,28 @@ impl Workers {
 
     /// The tunnels that are open, over all workers.
     pub fn tunnels(&self) -> impl Future<Output = Vec<Tunnel>> + Send + use<> {
+        self.ask(|told| Command::ListTunnels { told })
+    }
+
+    /// The last connections that ended or were refused, over all workers.
+    pub fn ended(&self) -> impl Future<Output = Vec<Ended>> + Send + use<> {
+        self.ask(|told| Command::ListEnded { told })
+    }
+
+    fn ask<T: Send + 'static>(
+        &self,
+        command: fn(oneshot::Sender<Vec<T>>) -> Command,
+    ) -> impl Future<Output = Vec<T>> + Send + use<T> {
         let workers = self.commands.clone();
         async move {
-            let mut tunnels = Vec::new();
+            let mut all = Vec::new();
             for worker in workers {
                 let (told, tells) = oneshot::channel();
                 // Fails only with the worker, which then has none.
-                let _ = worker.send(Command::ListTunnels { told }).await;
-                tunnels.extend(tells.await.unwrap_or_default());
+                let _ = worker.send(command(told)).await;
+                all.extend(tells.await.unwrap_or_default());
             }
-            tunnels
+            all
         }
     }
 
@@ -253,6 +269,7 @@ pub(super) struct Worker {
     pub(super) tunnels: Tunnels,
     pub(super) board: Arc<Board>,
     refusals: Refusals,
+    pub(super) ended: Rc<LastEnded>,
     turns: Turns,
     pods: RefCell<HashMap<u32, Rc<PodContext>>>,
     /// The pods by what discovery calls them.
@@ -321,6 +338,7 @@ impl Worker {
         reason: Reason,
     ) {
         self.metrics().refused(direction, reason);
+        self.ended.add(direction, source, destination, Some(reason));
         self.refusals.write(direction, source, destination, reason);
     }
 
@@ -418,10 +436,9 @@ impl Worker {
                 }
             }
             Command::Leave { grace } => self.leave(grace),
-            Command::ListTunnels { told } => {
-                // Who asked may be gone.
-                let _ = told.send(self.tunnels.list());
-            }
+            // Who asked may be gone.
+            Command::ListTunnels { told } => drop(told.send(self.tunnels.list())),
+            Command::ListEnded { told } => drop(told.send(self.ended.list())),
         }
     }
 }
@@ -458,6 +475,7 @@ fn run(
         tunnels: Tunnels::default(),
         board,
         refusals: Refusals::default(),
+        ended: Rc::default(),
         turns: Turns::default(),
         pods: RefCell::default(),
         enrolled: RefCell::default(),

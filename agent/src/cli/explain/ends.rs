@@ -1,0 +1,148 @@
+//! The ends of a connection, as a user names them.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use anyhow::{Context, bail};
+
+use crate::model::{Mesh, Workload};
+
+/// One end: a pod of the mesh file, or an address that it doesn't know.
+#[derive(Debug, Clone)]
+pub(super) struct End {
+    pub(super) workload: Option<Arc<Workload>>,
+    /// All of them; never empty.
+    pub(super) addresses: Vec<IpAddr>,
+}
+
+impl End {
+    /// From an address, `NAME` or `NAMESPACE/NAME`.
+    pub(super) fn parse(mesh: &Mesh, text: &str) -> anyhow::Result<Self> {
+        if let Ok(address) = text.trim_matches(['[', ']']).parse::<IpAddr>() {
+            let address = address.to_canonical();
+            return Ok(Self {
+                workload: mesh.workload_at(address).cloned(),
+                addresses: vec![address],
+            });
+        }
+        let fits = |workload: &&Arc<Workload>| match text.split_once('/') {
+            Some((namespace, name)) => {
+                workload.id.namespace == namespace && workload.id.name == name
+            }
+            None => workload.id.name == text,
+        };
+        let mut fitting: Vec<_> = mesh.workloads.values().filter(fits).collect();
+        fitting.sort_unstable_by(|a, b| a.id.cmp(&b.id));
+        match &fitting[..] {
+            [workload] if workload.addresses.is_empty() => {
+                bail!("pod {} has no address in the mesh file", workload.id)
+            }
+            [workload] => Ok(Self {
+                workload: Some(Arc::clone(workload)),
+                addresses: workload.addresses.clone(),
+            }),
+            [] => bail!(
+                "no pod of the mesh file is named `{text}`: give its address, NAME or \
+                 NAMESPACE/NAME"
+            ),
+            several => {
+                let ids: Vec<String> = several.iter().map(|pod| pod.id.to_string()).collect();
+                bail!(
+                    "several pods are named `{text}`: say which of {}",
+                    ids.join(", ")
+                )
+            }
+        }
+    }
+
+    /// [`Self::parse`] with a port after the last colon.
+    pub(super) fn parse_with_port(mesh: &Mesh, text: &str) -> anyhow::Result<(Self, u16)> {
+        let split = text.rsplit_once(':');
+        let (host, port) = split
+            .filter(|(host, _)| !host.is_empty())
+            .with_context(|| {
+                format!("`{text}` isn't of the form DST:PORT, such as voting:8080 or [fd01::2]:80")
+            })?;
+        let Ok(port @ 1..) = port.parse() else {
+            bail!("`{port}` in `{text}` isn't a port, 1 to 65535");
+        };
+        Ok((Self::parse(mesh, host)?, port))
+    }
+
+    /// How this end is called in output.
+    pub(super) fn name(&self) -> String {
+        self.workload.as_ref().map_or_else(
+            || self.addresses[0].to_string(),
+            |workload| workload.id.to_string(),
+        )
+    }
+}
+
+/// The addresses of both that a connection between them has: of one family, where they have one in
+/// common.
+pub(super) fn pair(source: &End, destination: &End, port: u16) -> (IpAddr, SocketAddr) {
+    let same = |to: &IpAddr| {
+        let mut from = source.addresses.iter();
+        from.find(|from| from.is_ipv4() == to.is_ipv4()).copied()
+    };
+    let found = destination
+        .addresses
+        .iter()
+        .find_map(|to| Some((same(to)?, *to)));
+    let (from, to) = found.unwrap_or((source.addresses[0], destination.addresses[0]));
+    (from, SocketAddr::new(to, port))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::discovery::file;
+
+    fn mesh() -> Mesh {
+        let text = "nodes: []\nworkloads:\n\
+            - {name: web, namespace: a, addresses: [10.1.0.2, 'fd01::2']}\n\
+            - {name: web, namespace: b, addresses: [10.1.0.3]}\n\
+            - {name: db, namespace: a, addresses: ['fd01::9', 10.1.0.9]}\n";
+        file::check(Path::new("mesh.yaml"), text).unwrap()
+    }
+
+    #[test]
+    fn an_end_is_an_address_or_a_pods_name() {
+        let mesh = mesh();
+        let name = |text| End::parse(&mesh, text).map(|end| end.name());
+        assert_eq!(name("db").unwrap(), "a/db");
+        assert_eq!(name("b/web").unwrap(), "b/web");
+        assert_eq!(name("10.1.0.3").unwrap(), "b/web");
+        assert_eq!(name("::ffff:10.1.0.3").unwrap(), "b/web");
+        assert_eq!(name("192.0.2.1").unwrap(), "192.0.2.1");
+        let several = name("web").unwrap_err().to_string();
+        assert!(several.contains("a/web, b/web"), "{several}");
+        assert!(name("nobody").unwrap_err().to_string().contains("`nobody`"));
+    }
+
+    #[test]
+    fn a_port_comes_after_the_last_colon() {
+        let mesh = mesh();
+        let parse = |text| End::parse_with_port(&mesh, text);
+        let (db, port) = parse("[fd01::9]:80").unwrap();
+        assert_eq!((db.name().as_str(), port), ("a/db", 80));
+        for text in ["db", ":80", "db:0", "db:http", "db:99999"] {
+            assert!(parse(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn both_ends_are_of_one_family() {
+        let mesh = mesh();
+        let [web, other, db] =
+            ["a/web", "b/web", "db"].map(|text| End::parse(&mesh, text).unwrap());
+        let (from, to) = pair(&web, &db, 80);
+        assert_eq!((from.is_ipv6(), to.is_ipv6()), (true, true));
+        let (from, to) = pair(&other, &db, 80);
+        assert_eq!((from.is_ipv4(), to.is_ipv4()), (true, true));
+    }
+}

@@ -28,7 +28,7 @@ use crate::{
     identity::{Certificates, EmbeddedAuthority},
     model::{Mesh, Node},
     pods::Pods,
-    proxy::{Shared, Workers},
+    proxy::{Balance, Shared, Workers},
     reconcile::{Reconciler, Served},
     report::Report,
     steer::{AUDIT_INTERVAL, EbpfLog, EventReceiver, Steering, TcMethod},
@@ -191,6 +191,7 @@ impl Agent {
             certificates,
             metrics,
             witnesses: Arc::default(),
+            balance: Balance::default(),
         };
         let report = Report::new(Arc::clone(&shared.metrics), readiness);
         let audits = Audits::new(Arc::clone(&shared.metrics));
@@ -238,6 +239,7 @@ impl Agent {
             self.pods.ensure_certificates(&current);
             self.wait_for_certificates(&current).await;
         }
+        self.pods.steering.refuse_for(&current);
         self.pods.remove_leftovers(&current).await;
         let all = discovery::changes(&Mesh::default(), &current, &self.node);
         self.pods.apply(all).await;
@@ -258,6 +260,8 @@ impl Agent {
                 changed = mesh.changed() => {
                     changed.context("discovery ended")?;
                     let next = Arc::clone(&mesh.borrow_and_update());
+                    // Before pods, whose enrolment takes longer.
+                    self.pods.steering.refuse_for(&next);
                     self.pods.apply(discovery::changes(&current, &next, &self.node)).await;
                     current = next;
                 }
@@ -327,10 +331,13 @@ impl Agent {
         let (tunnels, ended) = (self.pods.workers.tunnels(), self.pods.workers.ended());
         let account = self.reconciler.account(served);
         let age = self.reconciler.persistence();
+        let mesh = Arc::clone(&self.shared.mesh.borrow());
+        let balance = self.shared.balance.clone();
         tokio::spawn(async move {
             let (tunnels, ended, account) = tokio::join!(tunnels, ended, account);
+            let services = config::services(&mesh, &balance);
             // Who asked may be gone.
-            let _ = request.send(sections.complete(&tunnels, &ended, account, age));
+            let _ = request.send(sections.complete(&tunnels, &ended, account, age, services));
         });
     }
 

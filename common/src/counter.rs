@@ -125,6 +125,8 @@ mod tests {
             "probe",
             "probe_without_agent",
             "probe_payload",
+            "no_endpoint",
+            "no_service_port",
         ];
         let first = Reason::ALL.iter().map(|reason| reason.as_str());
         assert!(

@@ -235,6 +235,15 @@ impl SocketState {
     };
 }
 
+/// An address and port that apps connect to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct Destination {
+    pub address: Address,
+    /// In 32 bits, so that there is no padding. 0: each port without an entry of its own.
+    pub port: u32,
+}
+
 /// Two ends whose connections share workers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(C)]
@@ -273,8 +282,8 @@ pub struct WorkerLoad {
 #[cfg(feature = "user")]
 mod user {
     use super::{
-        Address, Flow, ListenerKey, NetRule, Pair, PairSlots, PodEntry, PortRule, ProbeTarget,
-        SocketState, WorkerLoad,
+        Address, Destination, Flow, ListenerKey, NetRule, Pair, PairSlots, PodEntry, PortRule,
+        ProbeTarget, SocketState, WorkerLoad,
     };
 
     macro_rules! pod {
@@ -288,6 +297,7 @@ mod user {
 
     pod!(
         Address,
+        Destination,
         Flow,
         ListenerKey,
         NetRule,
@@ -318,6 +328,7 @@ mod tests {
         assert_eq!(size_of::<ProbeTarget>(), 256);
         assert_eq!(size_of::<ProbeFlow>(), 8);
         assert_eq!(size_of::<SocketState>(), 32);
+        assert_eq!(size_of::<Destination>(), 20);
         assert_eq!(size_of::<Pair>(), 32);
         assert_eq!(size_of::<PairSlots>(), 16);
         assert_eq!(size_of::<WorkerLoad>(), 8);

@@ -16,8 +16,9 @@ mod reason;
 pub use address::Address;
 pub use counter::{Counter, Direction, Outcome, Unit};
 pub use keys::{
-    Flow, ListenerKey, NetRule, OVERLOADED, Pair, PairSlots, PodEntry, PortRule, ProbeFlow,
-    ProbeTarget, Role, RuleKind, SocketState, Verdict, WorkerLoad, pod_flags, probe_flags,
+    Destination, Flow, ListenerKey, NetRule, OVERLOADED, Pair, PairSlots, PodEntry, PortRule,
+    ProbeFlow, ProbeTarget, Role, RuleKind, SocketState, Verdict, WorkerLoad, pod_flags,
+    probe_flags,
 };
 pub use reason::Reason;
 

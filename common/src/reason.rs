@@ -68,6 +68,10 @@ reasons! {
     ProbeWithoutAgent = "probe_without_agent",
     /// Bytes that no declared probe sends, from where probes come from.
     ProbePayload = "probe_payload",
+    /// The Service has no endpoint that takes connections.
+    NoEndpoint = "no_endpoint",
+    /// The Service has no such port.
+    NoServicePort = "no_service_port",
 
     // Decided by the agent, per connection.
     /// A strict pod takes no plaintext.

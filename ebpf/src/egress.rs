@@ -21,7 +21,7 @@ use malla_common::{
 
 use crate::{
     decision::record,
-    maps::{AGENTS, OWN_DIAL, SCOPES, count, listener_lives, opt_out, pod_at},
+    maps::{AGENTS, OWN_DIAL, SCOPES, count, listener_lives, opt_out, pod_at, refusal},
     packet::{ETH_P_IP, ETH_P_IPV6, ETHERNET, Kind, NO_LINK_HEADER, Packet, RST, socket_receives},
     probes::probed,
     refuse::{ANSWER_MARK, Towards, answer},
@@ -155,6 +155,8 @@ fn open(ctx: &TcContext, packet: &Packet, socket: Option<Socket>) -> i32 {
         (Verdict::Refuse, Reason::Forwarded)
     } else if ports::is_agents(flow.destination_port) && pod_at(&flow.destination).is_some() {
         (Verdict::Refuse, Reason::OwnListener)
+    } else if let Some(reason) = refusal(&flow.destination, flow.destination_port) {
+        (Verdict::Refuse, reason)
     } else if OWN_DIAL.get_ptr(flow).is_some() {
         // Another pod of this node is being dialled with this very tuple: sk_lookup, which
         // can't tell one netns from another, would leave this SYN to the app's listeners.

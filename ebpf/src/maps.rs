@@ -4,15 +4,16 @@
 //! they outlive the agent.
 
 use aya_ebpf::{
-    bindings::bpf_sock,
+    bindings::{BPF_F_NO_PREALLOC, bpf_sock},
     btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SockHash, lpm_trie::Key},
     cty::c_void,
     helpers::{bpf_sk_release, generated::bpf_map_lookup_elem},
     macros::btf_map,
 };
 use malla_common::{
-    Address, Counter, Direction, Flow, ListenerKey, MAX_WORKERS, NetRule, Outcome, Pair, PairSlots,
-    PodEntry, PortRule, ProbeFlow, ProbeTarget, Reason, Role, RuleKind, Unit, WorkerLoad,
+    Address, Counter, Destination, Direction, Flow, ListenerKey, MAX_WORKERS, NetRule, Outcome,
+    Pair, PairSlots, PodEntry, PortRule, ProbeFlow, ProbeTarget, Reason, Role, RuleKind, Unit,
+    WorkerLoad,
 };
 
 /// Ids of the cgroups that living agents run in.
@@ -50,6 +51,12 @@ pub static PROBE_FLOWS: LruHashMap<Flow, ProbeFlow, 16384> = LruHashMap::new();
 /// Interface that a SYN to a link-local address left by.
 #[btf_map]
 pub static SCOPES: LruHashMap<Flow, u32, 4096> = LruHashMap::new();
+
+/// The [`Reason`] for which connections to a Service's port are refused; [`Reason::Meshed`] where
+/// they aren't. Filled by need: most nodes have a few of so many.
+#[btf_map]
+pub static REFUSALS: HashMap<Destination, u32, 131072, { BPF_F_NO_PREALLOC as usize }> =
+    HashMap::new();
 
 /// How many workers the agent has.
 #[btf_map]
@@ -140,4 +147,22 @@ pub fn net_rule(pod: u32, kind: RuleKind, peer: &Address) -> bool {
         peer: *peer,
     };
     NET_RULES.get(&Key::new(NetRule::BITS, rule)).is_some()
+}
+
+/// Why no connection is to be opened to this address and port.
+#[inline(always)]
+pub fn refusal(address: &Address, port: u16) -> Option<Reason> {
+    let own = Destination {
+        address: *address,
+        port: u32::from(port),
+    };
+    let others = Destination { port: 0, ..own };
+    // SAFETY: the value is one word, which is written whole; an entry that is removed meanwhile may
+    // be another's by now, and then this connection met a change of it.
+    let reason = unsafe { REFUSALS.get(&own).or_else(|| REFUSALS.get(&others)) };
+    match *reason? {
+        reason if reason == Reason::NoEndpoint as u32 => Some(Reason::NoEndpoint),
+        reason if reason == Reason::NoServicePort as u32 => Some(Reason::NoServicePort),
+        _ => None,
+    }
 }

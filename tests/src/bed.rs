@@ -238,6 +238,22 @@ impl Testbed {
         self.update_mesh()
     }
 
+    /// Makes a Service or replaces the one of this name: its other fields, as lines of YAML. Agents
+    /// that run learn of it.
+    pub fn service(&mut self, name: &str, yaml: impl Into<String>) -> Result<()> {
+        let yaml = yaml.into();
+        let known = self
+            .mesh
+            .services
+            .iter_mut()
+            .find(|(known, _)| known == name);
+        match known {
+            Some((_, fields)) => *fields = yaml,
+            None => self.mesh.services.push((name.to_owned(), yaml)),
+        }
+        self.update_mesh()
+    }
+
     /// Does something of which agents that run don't learn until the mesh file is written again.
     pub fn untold<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
         let told = std::mem::take(&mut self.agents_started);

@@ -17,6 +17,8 @@ pub(crate) struct MeshWide {
     pub(crate) settings: String,
     /// Namespaces with settings of their own, as lines of YAML.
     pub(crate) namespaces: Vec<(String, String)>,
+    /// Services, each as lines of YAML, by name.
+    pub(crate) services: Vec<(String, String)>,
 }
 
 impl Default for MeshWide {
@@ -26,6 +28,7 @@ impl Default for MeshWide {
             certificate_lifetime: "24h".to_owned(),
             settings: String::new(),
             namespaces: Vec::new(),
+            services: Vec::new(),
         }
     }
 }
@@ -72,6 +75,15 @@ pub(crate) fn write<'a>(
     text.push_str(head);
     for pod in listed {
         workload(&mut text, pod);
+    }
+    if !mesh.services.is_empty() {
+        text.push_str("services:\n");
+    }
+    for (name, fields) in &mesh.services {
+        line(&mut text, &format!("- name: {name}"));
+        for field in fields.lines() {
+            line(&mut text, &format!("  {field}"));
+        }
     }
     text
 }

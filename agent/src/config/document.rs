@@ -3,6 +3,7 @@
 
 use std::{
     collections::BTreeMap,
+    fmt::Display,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     time::{Duration, SystemTime},
@@ -11,7 +12,8 @@ use std::{
 use serde::{Serialize, Serializer};
 
 use crate::model::{
-    EgressMode, FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange, Settings, WorkloadId,
+    EgressMode, EndpointState, FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange, ServiceId,
+    Settings, TrafficDistribution, WorkloadId,
 };
 
 /// The whole of `/config`.
@@ -25,6 +27,7 @@ pub struct Document {
     pub workloads: Vec<Workload>,
     /// Workloads of this node that can't be enrolled.
     pub refused: Vec<Refused>,
+    pub services: Vec<Service>,
     pub tunnels: Vec<Tunnel>,
     /// The last connections that ended or were refused, the newest first.
     pub ended: Vec<Ended>,
@@ -182,6 +185,48 @@ impl From<&Settings> for SettingsInForce {
             max_connections: settings.max_connections,
         }
     }
+}
+
+/// A Service of the mesh.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Service {
+    #[serde(rename = "service", serialize_with = "text")]
+    pub id: ServiceId,
+    pub addresses: Vec<IpAddr>,
+    pub ports: Vec<ServicePort>,
+    pub publish_not_ready_addresses: bool,
+    pub traffic_distribution: Option<TrafficDistribution>,
+    /// How long a client keeps its endpoint. None: it doesn't.
+    pub session_affinity_timeout: Option<String>,
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// A port of a Service.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServicePort {
+    pub name: Option<String>,
+    pub port: u16,
+    pub target_port: String,
+    pub app_protocol: Option<String>,
+}
+
+/// An endpoint of a Service.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Endpoint {
+    pub addresses: Vec<IpAddr>,
+    pub workload: Option<String>,
+    /// None: on none of the mesh's nodes.
+    pub node: Option<String>,
+    pub state: EndpointState,
+    /// What connections to it are secured by. None: plaintext.
+    pub identity: Option<String>,
+    /// Where each port of the Service leads. None: it hasn't that port.
+    pub ports: Vec<Option<u16>>,
+    /// Connections of this agent to it, of all Services.
+    pub connections: u32,
 }
 
 /// A tunnel that is open.
@@ -357,7 +402,7 @@ fn time<S: Serializer>(time: &SystemTime, serializer: S) -> Result<S::Ok, S::Err
     serializer.collect_str(&humantime::format_rfc3339_seconds(*time))
 }
 
-fn text<S: Serializer>(id: &WorkloadId, serializer: S) -> Result<S::Ok, S::Error> {
+fn text<S: Serializer>(id: &impl Display, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(id)
 }
 

@@ -5,6 +5,7 @@
 
 mod document;
 mod sections;
+mod services;
 mod socket;
 
 use std::{
@@ -27,6 +28,7 @@ use crate::{
 
 pub use document::{Audit, AuditDifference, Document, WholeAudit};
 pub use sections::{MeshStatus, Sections, certificates};
+pub use services::services;
 pub use socket::{Folder, NAME as SOCKET_NAME};
 
 /// Requests that may wait for the agent.

@@ -12,7 +12,7 @@ use tokio::{task::JoinError, time::Instant};
 
 use super::document::{
     Audit, AuthorityPart, Certificate, Certificates, Degraded, Descriptors, Difference, Document,
-    Ended, Interface, Ledger, ListenerPorts, MeshFile, Refusal, Refused, Sockets,
+    Ended, Interface, Ledger, ListenerPorts, MeshFile, Refusal, Refused, Service, Sockets,
     SocketsDifference, Tunnel, Workload, WorkloadLedger,
 };
 use crate::{
@@ -116,6 +116,7 @@ impl Sections {
         ended: &[proxy::Ended],
         account: Result<io::Result<Account>, JoinError>,
         age: impl Fn(&ledger::Difference) -> Duration,
+        services: Vec<Service>,
     ) -> Document {
         let account = account.unwrap_or_else(|error| Err(io::Error::other(error)));
         let mut tunnels: Vec<Tunnel> = tunnels
@@ -130,6 +131,7 @@ impl Sections {
             mesh: self.mesh.told,
             workloads: self.workloads,
             refused: self.refused,
+            services,
             tunnels,
             ended: last_ended(ended),
             certificates: self.certificates,

@@ -1,11 +1,12 @@
 //! Plain data: what the mesh is made of. No socket, no clock, no lock.
 //!
 //! A [`Mesh`] is one immutable snapshot that a discovery source made and checked. Whoever uses it
-//! may rely on: every address belongs to at most one workload, every enrolled workload has a
+//! may rely on: every address belongs to at most one workload or Service, every enrolled workload has a
 //! netns path and a node that exists, and every setting is resolved (workload beats namespace
 //! beats default).
 
 mod probes;
+mod service;
 mod settings;
 mod spiffe;
 
@@ -13,6 +14,10 @@ use std::{collections::HashMap, fmt, net::IpAddr, path::PathBuf, sync::Arc, time
 
 pub use malla_common::{Reason, ports};
 pub use probes::{Ask, Probe, Probes};
+pub use service::{
+    Endpoint, EndpointState, Service, ServiceId, ServicePort, Target, TargetPort,
+    TrafficDistribution,
+};
 pub use settings::{
     EgressMode, FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange, Settings,
 };
@@ -25,16 +30,19 @@ pub struct Mesh {
     pub identity: IdentityConfig,
     pub nodes: HashMap<String, Arc<Node>>,
     pub workloads: HashMap<WorkloadId, Arc<Workload>>,
+    pub services: HashMap<ServiceId, Arc<Service>>,
     by_address: HashMap<IpAddr, Arc<Workload>>,
+    by_service_address: HashMap<IpAddr, Arc<Service>>,
 }
 
 impl Mesh {
-    /// Indexes `workloads` by address. The caller has checked that addresses are unique.
+    /// Indexes workloads and Services by address. The caller has checked that addresses are unique.
     pub fn new(
         trust_domain: String,
         identity: IdentityConfig,
         nodes: impl IntoIterator<Item = Node>,
         workloads: impl IntoIterator<Item = Workload>,
+        services: impl IntoIterator<Item = Service>,
     ) -> Self {
         let mut mesh = Self {
             trust_domain,
@@ -51,11 +59,19 @@ impl Mesh {
             }
             mesh.workloads.insert(workload.id.clone(), workload);
         }
+        for service in services {
+            let service = Arc::new(service);
+            for address in &service.addresses {
+                mesh.by_service_address
+                    .insert(*address, Arc::clone(&service));
+            }
+            mesh.services.insert(service.id.clone(), service);
+        }
         mesh
     }
 
-    /// This snapshot with the `Arc`s of `previous` for the nodes and workloads that are equal in
-    /// both, so that whoever compares snapshots finds what didn't change by its pointer.
+    /// This snapshot with the `Arc`s of `previous` for what is equal in both, so that whoever
+    /// compares snapshots finds what didn't change by its pointer.
     #[must_use]
     pub fn sharing_with(mut self, previous: &Self) -> Self {
         for (name, node) in &mut self.nodes {
@@ -71,6 +87,15 @@ impl Mesh {
                 }
             }
         }
+        for (id, service) in &mut self.services {
+            if let Some(old) = previous.services.get(id).filter(|old| *old == service) {
+                *service = Arc::clone(old);
+                for address in &service.addresses {
+                    self.by_service_address
+                        .insert(*address, Arc::clone(service));
+                }
+            }
+        }
         self
     }
 
@@ -78,6 +103,11 @@ impl Mesh {
     /// looked up as IPv4-mapped IPv6).
     pub fn workload_at(&self, address: IpAddr) -> Option<&Arc<Workload>> {
         self.by_address.get(&address.to_canonical())
+    }
+
+    /// The Service that has `address`, in its canonical form, as a cluster address.
+    pub fn service_at(&self, address: IpAddr) -> Option<&Arc<Service>> {
+        self.by_service_address.get(&address)
     }
 
     /// The enrolled workloads of one node.
@@ -148,6 +178,10 @@ pub struct Workload {
     pub labels: Vec<(String, String)>,
     /// Whether the pod is part of the mesh: it has an identity and its agent steers its traffic.
     pub meshed: bool,
+    /// Whether Services send it connections.
+    pub ready: bool,
+    /// Whether it takes connections where a Service has no ready endpoint.
+    pub serving: bool,
     pub settings: Settings,
 }
 

@@ -123,6 +123,8 @@ mod tests {
             probes: Probes::default(),
             labels: vec![],
             meshed: true,
+            ready: true,
+            serving: true,
             settings: Settings::default(),
         }
     }

@@ -1,7 +1,7 @@
 //! The life of a connection to an app: in plaintext, through a tunnel from another agent, or from a
 //! pod of the same node.
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc, task::Context};
+use std::{net::SocketAddr, rc::Rc, sync::Arc, task::Context, time::Duration};
 
 use bytes::Bytes;
 use h2::{RecvStream, server::SendResponse};
@@ -25,7 +25,7 @@ use super::{
     tunnel,
     tunnels::{OpenTunnel, TunnelState},
     witness,
-    worker::Worker,
+    worker::{Live, Worker},
 };
 use crate::{
     identity::{peer_identity, reason_of},
@@ -63,6 +63,7 @@ pub(super) async fn serve_plaintext(
         direction: Direction::Inbound,
         reporter: Arc::clone(&workload),
         remote: worker.mesh().workload_at(source.ip()).cloned(),
+        service: None,
         target_port: destination.port(),
         security: Security::None(NoTls::PlaintextClient),
     };
@@ -102,47 +103,49 @@ pub(super) async fn serve_plaintext(
     record.close(result);
 }
 
-/// A connection of another pod of this node, as the outbound side has it.
-pub(super) struct FromNeighbour<'a> {
-    /// Whose task carries it.
-    pub(super) pod: &'a Rc<PodContext>,
-    pub(super) workload: Arc<Workload>,
-    pub(super) client: &'a mut TcpStream,
-    pub(super) source: SocketAddr,
-    pub(super) record: &'a Record,
+/// An open connection to the app of another pod of this node, through memory: what a tunnel would
+/// carry, with both sides' records.
+pub(super) struct ToNeighbour {
+    pair: Rc<Pair>,
+    server: Accounted<TcpStream>,
+    record: Record,
+    idle: Option<Duration>,
+    _counted: (Live, Admitted),
 }
 
-/// A connection through memory: what a tunnel would carry, with both sides' records. Gives how it
-/// failed for the outbound side.
-pub(super) async fn serve_neighbour(
+/// Opens a connection of the pod `source_pod`, whose task carries it. Gives how it failed for the
+/// outbound side.
+pub(super) async fn reach_neighbour(
     worker: &Rc<Worker>,
-    pair: &Pair,
-    from: FromNeighbour<'_>,
+    source_pod: &Rc<PodContext>,
+    pair: &Rc<Pair>,
+    source: SocketAddr,
     destination: SocketAddr,
-) -> Result<(), Failure> {
-    let _live = worker.count_live();
-    let (pod, source) = (&pair.destination, from.source);
+) -> Result<ToNeighbour, Failure> {
+    let live = worker.count_live();
+    let (pod, from) = (&pair.destination, source_pod.workload());
     let refuse = |reason| {
         worker.refuse(Direction::Inbound, source, destination, reason);
         Err(Reason::PeerRefused.into())
     };
     let known = worker.mesh().workload_at(source.ip()).cloned();
-    if known.is_some_and(|known| known.identity != from.workload.identity) {
+    if known.is_some_and(|known| known.identity != from.identity) {
         return refuse(Reason::IdentityMismatch);
     }
     if pod.pod.listener_ports.contains(destination.port()) {
         return refuse(Reason::OwnListener);
     }
-    let Some(_admitted) = pod.admit() else {
+    let Some(admitted) = pod.admit() else {
         return refuse(Reason::ConnectionLimit);
     };
     let workload = pod.workload();
-    let idle = [&workload, &from.workload].map(|end| end.settings.idle_timeout);
+    let idle = [&workload, &from].map(|end| end.settings.idle_timeout);
     let labels = ConnectionLabels {
         direction: Direction::Inbound,
         reporter: Arc::clone(&workload),
-        security: Security::MutualTls(Arc::clone(&from.workload.identity)),
-        remote: Some(from.workload),
+        security: Security::MutualTls(Arc::clone(&from.identity)),
+        remote: Some(from),
+        service: None,
         target_port: destination.port(),
     };
     let ends = Ends {
@@ -150,32 +153,56 @@ pub(super) async fn serve_neighbour(
         destination,
         tunnelled: None,
     };
-    let record = Record::open(worker, from.pod, labels, &ends);
+    let record = Record::open(worker, source_pod, labels, &ends);
     let dialling = dial(worker, pod, &workload, source, destination);
     let dialled = pair
         .unless_cut(async { Ok(dialling.await.map_err(|error| error.reason())) })
         .await;
-    let mut server = match dialled {
-        Ok(Ok(server)) => server,
+    match dialled {
+        Ok(Ok(server)) => {
+            record.dialled();
+            Ok(ToNeighbour {
+                pair: Rc::clone(pair),
+                server,
+                record,
+                idle: idle.into_iter().flatten().min(),
+                _counted: (live, admitted),
+            })
+        }
         Ok(Err(reason)) => {
             record.close(Err(reason));
-            return Err(Reason::PeerRefused.into());
+            Err(Reason::PeerRefused.into())
         }
         Err(cut) => {
             record.close(Err(cut));
-            return Err(cut);
+            Err(cut)
         }
-    };
-    record.dialled();
-    from.record.dialled();
-    let records = [from.record, &record];
-    let idle = idle.into_iter().flatten().min();
-    let relaying = relay::tcp(&worker.buffers, &records, from.client, &mut server, idle);
-    let result = pair
-        .unless_cut(async { relaying.await.map_err(Failure::from) })
-        .await;
-    record.close(result);
-    result
+    }
+}
+
+impl ToNeighbour {
+    /// Moves bytes until both directions have ended. `from` is the outbound side's record.
+    pub(super) async fn relay(
+        mut self,
+        worker: &Worker,
+        client: &mut TcpStream,
+        from: &Record,
+    ) -> Result<(), Failure> {
+        let records = [from, &self.record];
+        let relaying = relay::tcp(
+            &worker.buffers,
+            &records,
+            client,
+            &mut self.server,
+            self.idle,
+        );
+        let result = self
+            .pair
+            .unless_cut(async { relaying.await.map_err(Failure::from) })
+            .await;
+        self.record.close(result);
+        result
+    }
 }
 
 /// A tunnel from another agent, with all connections in it.
@@ -371,6 +398,7 @@ impl InboundTunnel {
             direction: Direction::Inbound,
             reporter: Arc::clone(&workload),
             remote: self.worker.mesh().workload_at(self.peer.ip()).cloned(),
+            service: None,
             target_port: destination.port(),
             security: Security::MutualTls(Arc::clone(&self.identity)),
         };

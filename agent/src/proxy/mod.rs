@@ -5,6 +5,7 @@
 
 mod accept;
 mod activity;
+mod balance;
 mod buffers;
 mod coalesce;
 mod cut;
@@ -22,6 +23,7 @@ mod probe;
 mod record;
 mod refusals;
 mod relay;
+mod service;
 mod tunnel;
 mod tunnels;
 mod turns;
@@ -30,6 +32,7 @@ mod worker;
 
 use std::net::SocketAddr;
 
+pub use balance::Balance;
 pub use ended::Ended;
 pub use pod::PodConnections;
 pub use tunnels::Tunnel;

@@ -6,23 +6,26 @@ use std::{
     sync::Arc,
 };
 
+use bytes::Bytes;
+use h2::{RecvStream, SendStream};
 use malla_common::{Flow, Reason};
 use tokio::net::TcpStream;
 
 use super::{
     canonical, hbone,
-    inbound::{self, FromNeighbour},
+    inbound::{self, ToNeighbour},
     neighbours::{self, Pair},
     pod::PodContext,
     pool,
     record::{Ends, Record},
     relay::{self, Side},
-    tunnel::OpenError,
+    service,
+    tunnel::{Lease, OpenError},
     worker::Worker,
 };
 use crate::{
     ledger::{Accounted, Kind},
-    model::{Mesh, Workload, ports},
+    model::{Mesh, Service, Workload, ports},
     steer::to_network,
     telemetry::{ConnectionLabels, Direction, Failure, NoTls, Security},
 };
@@ -30,8 +33,15 @@ use crate::{
 /// Tunnels that a connection tries before it is refused.
 const MAX_ATTEMPTS: u32 = 3;
 
+/// Who called, and which address.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Asked {
+    pub(super) source: SocketAddr,
+    pub(super) destination: SocketAddr,
+}
+
 /// What becomes of a connection to an address.
-enum Route {
+pub(super) enum Route {
     /// Through the destination's agent, under mutual TLS.
     Mesh(Arc<Workload>),
     /// Through memory, to another pod of this agent.
@@ -40,17 +50,37 @@ enum Route {
     Plain(Option<Arc<Workload>>, NoTls),
 }
 
-impl Route {
-    /// Through memory, where the mesh would only come back to this agent.
-    fn shortened(self, worker: &Rc<Worker>, pod: &Rc<PodContext>, address: IpAddr) -> Self {
-        let Self::Mesh(workload) = self else {
-            return self;
-        };
-        match neighbours::pair(worker, pod, &workload, address) {
-            Some(pair) => Self::Neighbour(workload, pair),
-            None => Self::Mesh(workload),
+/// What becomes known while a connection is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Progress {
+    /// The other end's agent has proved its identity.
+    Proved,
+    /// What was to go through memory takes a tunnel after all.
+    Tunnelled,
+}
+
+impl Progress {
+    /// Tells the record of a connection to `destination`.
+    pub(super) fn tell(self, record: &Record, destination: SocketAddr) {
+        match self {
+            Self::Proved => record.proved(),
+            Self::Tunnelled => {
+                record.tunnelled(SocketAddr::new(destination.ip(), ports::MESH));
+            }
         }
     }
+}
+
+/// An open way to the other end.
+pub(super) enum Server {
+    Tunnel {
+        /// Counts the stream for as long as it lives.
+        lease: Lease,
+        send: SendStream<Bytes>,
+        receive: RecvStream,
+    },
+    Neighbour(Box<ToNeighbour>),
+    Plain(Accounted<TcpStream>),
 }
 
 /// Accept, resolve, connect, relay, record.
@@ -83,59 +113,25 @@ pub(super) async fn serve(
             Reason::ConnectionLimit,
         );
     };
-    let route = resolve(&mesh, source.ip(), destination);
+    let asked = Asked {
+        source,
+        destination,
+    };
+    if mesh.service_at(destination.ip()).is_some() {
+        drop(mesh);
+        return service::serve(&worker, &pod, &mut client, asked).await;
+    }
+    let route = route(&worker, &pod, &mesh, source.ip(), destination);
     drop(mesh);
-    let route = route.shortened(&worker, &pod, destination.ip());
-    let record = open_record(&worker, &pod, &route, source, destination);
-    let result = match &route {
-        Route::Mesh(workload) => {
-            through_mesh(
-                &worker,
-                &pod,
-                workload,
-                &mut client,
-                source,
-                destination,
-                &record,
-            )
-            .await
+    let (labels, ends) = labels(&pod, &route, None, &asked, destination);
+    let record = Record::open(&worker, &pod, labels, &ends);
+    let told = |progress: Progress| progress.tell(&record, destination);
+    let result = match connect(&worker, &pod, &route, source, destination, told).await {
+        Ok(server) => {
+            record.dialled();
+            server.relay(&worker, &pod, &mut client, &record).await
         }
-        Route::Plain(..)
-            if !pod
-                .workload()
-                .settings
-                .allows_plaintext_to(destination.ip()) =>
-        {
-            Err(Reason::EgressRefused.into())
-        }
-        Route::Neighbour(workload, pair) => match pair.allowed().await {
-            Ok(true) => {
-                record.proved();
-                let from = FromNeighbour {
-                    pod: &pod,
-                    workload: pod.workload(),
-                    client: &mut client,
-                    source,
-                    record: &record,
-                };
-                inbound::serve_neighbour(&worker, pair, from, destination).await
-            }
-            Ok(false) => {
-                record.tunnelled(SocketAddr::new(destination.ip(), ports::MESH));
-                through_mesh(
-                    &worker,
-                    &pod,
-                    workload,
-                    &mut client,
-                    source,
-                    destination,
-                    &record,
-                )
-                .await
-            }
-            Err(reason) => Err(reason.into()),
-        },
-        Route::Plain(..) => plain(&worker, &pod, &mut client, destination, &record).await,
+        Err(failure) => Err(failure),
     };
     record.close(result);
 }
@@ -162,7 +158,7 @@ fn with_scope(worker: &Worker, source: SocketAddr, destination: SocketAddr) -> S
 }
 
 /// A connection to one of the agent's own listeners would come back to it for ever.
-fn is_own_listener(pod: &PodContext, mesh: &Mesh, destination: SocketAddr) -> bool {
+pub(super) fn is_own_listener(pod: &PodContext, mesh: &Mesh, destination: SocketAddr) -> bool {
     // Nothing is steered to the loopback: who comes by it has called this listener itself.
     let own = destination.ip().is_loopback() || pod.pod.owns(destination.ip());
     if own && pod.pod.listener_ports.contains(destination.port()) {
@@ -174,10 +170,22 @@ fn is_own_listener(pod: &PodContext, mesh: &Mesh, destination: SocketAddr) -> bo
             .is_some_and(|workload| workload.meshed)
 }
 
-fn resolve(mesh: &Mesh, client: IpAddr, destination: SocketAddr) -> Route {
+/// How `destination` is reached, the address of a workload or of a stranger.
+pub(super) fn route(
+    worker: &Rc<Worker>,
+    pod: &Rc<PodContext>,
+    mesh: &Mesh,
+    client: IpAddr,
+    destination: SocketAddr,
+) -> Route {
     match mesh.workload_at(destination.ip()) {
         Some(workload) if workload.serves_mesh_to(client, destination.port()) => {
-            Route::Mesh(Arc::clone(workload))
+            let workload = Arc::clone(workload);
+            // The mesh would only come back to this agent.
+            match neighbours::pair(worker, pod, &workload, destination.ip()) {
+                Some(pair) => Route::Neighbour(workload, pair),
+                None => Route::Mesh(workload),
+            }
         }
         Some(workload) if workload.meshed => {
             Route::Plain(Some(Arc::clone(workload)), NoTls::PortSkipped)
@@ -186,13 +194,14 @@ fn resolve(mesh: &Mesh, client: IpAddr, destination: SocketAddr) -> Route {
     }
 }
 
-fn open_record(
-    worker: &Worker,
-    pod: &Rc<PodContext>,
+/// What the record of a connection says that goes to `destination`.
+pub(super) fn labels(
+    pod: &PodContext,
     route: &Route,
-    client: SocketAddr,
+    service: Option<Arc<Service>>,
+    asked: &Asked,
     destination: SocketAddr,
-) -> Record {
+) -> (ConnectionLabels, Ends) {
     let (remote, security, dialled, tunnelled) = match route {
         Route::Mesh(workload) => (
             Some(Arc::clone(workload)),
@@ -212,80 +221,101 @@ fn open_record(
         direction: Direction::Outbound,
         reporter: pod.workload(),
         remote,
+        service,
         target_port: destination.port(),
         security,
     };
-    Record::open(
-        worker,
-        pod,
-        labels,
-        &Ends {
-            client,
-            destination: dialled,
-            tunnelled,
-        },
-    )
+    let ends = Ends {
+        client: asked.source,
+        destination: dialled,
+        tunnelled,
+    };
+    (labels, ends)
 }
 
-async fn through_mesh(
+/// Opens the way to `destination`, and tells what the record of the connection says of it.
+pub(super) async fn connect(
     worker: &Rc<Worker>,
     pod: &Rc<PodContext>,
-    workload: &Workload,
-    client: &mut TcpStream,
+    route: &Route,
     source: SocketAddr,
     destination: SocketAddr,
-    record: &Record,
-) -> Result<(), Failure> {
-    let mesh_address: IpAddr = destination.ip();
+    told: impl Fn(Progress),
+) -> Result<Server, Failure> {
+    let workload = match route {
+        Route::Mesh(workload) => workload,
+        Route::Neighbour(_, pair) if pair.allowed().await? => {
+            told(Progress::Proved);
+            let opened = inbound::reach_neighbour(worker, pod, pair, source, destination).await?;
+            return Ok(Server::Neighbour(Box::new(opened)));
+        }
+        Route::Neighbour(workload, _) => {
+            told(Progress::Tunnelled);
+            workload
+        }
+        Route::Plain(..) => {
+            let settings = &pod.workload().settings;
+            if !settings.allows_plaintext_to(destination.ip()) {
+                return Err(Reason::EgressRefused.into());
+            }
+            let server = to_network(&pod.pod, destination, settings.connect_timeout)
+                .await
+                .map_err(|error| Failure::from(error.reason()))?;
+            return Ok(Server::Plain(server.turned_into(Kind::PlaintextOutbound)));
+        }
+    };
     let reporter = pod.workload();
     let mut attempts = 1;
-    // The lease counts the stream for as long as it lives.
-    let (lease, mut send, mut receive) = loop {
-        let lease = pool::lease(worker, pod, mesh_address, &workload.identity).await?;
-        record.proved();
+    loop {
+        let lease = pool::lease(worker, pod, destination.ip(), &workload.identity).await?;
+        told(Progress::Proved);
         let request = hbone::connect(&reporter, source, destination);
         match lease.open(request).await {
-            Ok((send, receive)) => break (lease, send, receive),
+            Ok((send, receive)) => {
+                return Ok(Server::Tunnel {
+                    lease,
+                    send,
+                    receive,
+                });
+            }
             Err(OpenError::Again(_)) if attempts < MAX_ATTEMPTS => attempts += 1,
             Err(error) => return Err(error.into()),
         }
-    };
-    record.dialled();
-    let idle = reporter.settings.idle_timeout;
-    relay::tunnel(
-        &worker.buffers,
-        record,
-        Side::Client,
-        client,
-        &mut send,
-        &mut receive,
-        idle,
-    )
-    .await
-    .map_err(|end| lease.failed(end))
+    }
 }
 
-async fn plain(
-    worker: &Rc<Worker>,
-    pod: &Rc<PodContext>,
-    client: &mut TcpStream,
-    destination: SocketAddr,
-    record: &Record,
-) -> Result<(), Failure> {
-    let settings = &pod.workload().settings;
-    let limit = settings.connect_timeout;
-    let server = to_network(&pod.pod, destination, limit)
-        .await
-        .map_err(|error| Failure::from(error.reason()))?;
-    let mut server = server.turned_into(Kind::PlaintextOutbound);
-    record.dialled();
-    relay::tcp(
-        &worker.buffers,
-        &[record],
-        client,
-        &mut server,
-        settings.idle_timeout,
-    )
-    .await
-    .map_err(Failure::from)
+impl Server {
+    /// Moves bytes until both directions have ended.
+    pub(super) async fn relay(
+        self,
+        worker: &Worker,
+        pod: &PodContext,
+        client: &mut TcpStream,
+        record: &Record,
+    ) -> Result<(), Failure> {
+        let idle = pod.workload().settings.idle_timeout;
+        match self {
+            Self::Tunnel {
+                lease,
+                mut send,
+                mut receive,
+            } => relay::tunnel(
+                &worker.buffers,
+                record,
+                Side::Client,
+                client,
+                &mut send,
+                &mut receive,
+                idle,
+            )
+            .await
+            .map_err(|end| lease.failed(end)),
+            Self::Neighbour(server) => server.relay(worker, client, record).await,
+            Self::Plain(mut server) => {
+                relay::tcp(&worker.buffers, &[record], client, &mut server, idle)
+                    .await
+                    .map_err(Failure::from)
+            }
+        }
+    }
 }

@@ -144,7 +144,7 @@ impl Record {
                 identity: dst.1,
             },
             hbone_address: self.tunnelled.get(),
-            service: None,
+            service: self.labels.service.as_ref().map(|service| &*service.host),
             bytes_sent: sent.get(),
             bytes_received: received.get(),
             duration: self.metrics.age(),

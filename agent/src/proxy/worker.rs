@@ -25,6 +25,7 @@ use tokio::{
 
 use super::{
     accept,
+    balance::{Balance, Balancer},
     buffers::Buffers,
     ended::{Ended, LastEnded},
     handshakes::Handshakes,
@@ -54,6 +55,7 @@ pub struct Shared {
     pub certificates: Arc<Certificates>,
     pub metrics: Arc<Metrics>,
     pub witnesses: Arc<Witnesses>,
+    pub balance: Balance,
 }
 
 /// The running workers. Dropping them ends their threads and with them every connection.
@@ -262,6 +264,7 @@ pub(super) struct Worker {
     loads: RefCell<Array<MapData, WorkerLoad>>,
     pub(super) series: RefCell<WorkerMetrics>,
     pub(super) buffers: Buffers,
+    pub(super) balancer: Balancer,
     pub(super) pool: Pool,
     pub(super) neighbours: Neighbours,
     pub(super) handshakes: Handshakes,
@@ -468,6 +471,7 @@ fn run(
         loads: RefCell::new(handles.loads),
         series: RefCell::new(shared.metrics.worker()),
         buffers: Buffers::default(),
+        balancer: Balancer::new(shared.balance.clone()),
         pool: Pool::default(),
         neighbours: Neighbours::default(),
         handshakes: Handshakes::default(),
@@ -502,5 +506,6 @@ async fn follow_mesh(worker: Rc<Worker>) {
     while mesh.changed().await.is_ok() {
         *worker.mesh.borrow_mut() = Arc::clone(&mesh.borrow_and_update());
         worker.series.borrow_mut().forget();
+        worker.balancer.forget();
     }
 }

@@ -26,6 +26,7 @@ mod pod;
 pub mod preflight;
 mod programs;
 mod record;
+mod refusals;
 mod routes;
 mod routing;
 mod rules;
@@ -56,7 +57,7 @@ pub use programs::ProgramsError;
 
 use self::{
     attach::Attacher, cgroup::CgroupId, charge::Charge, events::Events, inherited::Inherited,
-    netns::NetnsId, programs::Programs, record::Record,
+    netns::NetnsId, programs::Programs, record::Record, refusals::Refusals,
 };
 use crate::model::{Node, WorkloadId};
 
@@ -95,6 +96,7 @@ pub struct Steering {
     attacher: Attacher,
     /// Pods are enrolled side by side. Never held across an await.
     books: Mutex<Books>,
+    refusals: Refusals,
     events: Events,
     _log: Option<ebpf_log::Reader>,
 }
@@ -174,6 +176,7 @@ impl Steering {
         let links = node.bpffs.join("links");
         programs::make_folder(&links)?;
         let inherited = Inherited::all(programs.maps());
+        let refusals = Refusals::inherited(programs.maps());
         let records = record::all(&links);
         let recorded = records
             .iter()
@@ -197,6 +200,7 @@ impl Steering {
             links,
             workers,
             books: Mutex::new(books),
+            refusals,
             events,
             _log: reader,
         };

@@ -18,7 +18,7 @@ use aya::{
     programs::{ProgramError, ProgramFd, ProgramInfo, SchedClassifier, SkLookup},
 };
 use malla_common::{
-    Address, Flow, ListenerKey, NetRule, PodEntry, PortRule, ProbeTarget, WorkerLoad,
+    Address, Destination, Flow, ListenerKey, NetRule, PodEntry, PortRule, ProbeTarget, WorkerLoad,
 };
 
 use super::{attach::TcMethod, cgroup::CgroupId, dial::OwnDial};
@@ -27,14 +27,14 @@ use super::{attach::TcMethod, cgroup::CgroupId, dial::OwnDial};
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/malla-ebpf"));
 
 /// Layout of the pinned maps. An agent with another layout starts with maps of its own.
-const LAYOUT: &str = "v5";
+const LAYOUT: &str = "v7";
 
 const PROGRAMS: [&str; 5] = ["egress", "egress_l3", "ingress", "ingress_l3", "loopback"];
 
 /// The program of a netns; the others are those of interfaces.
 pub const LOOKUP: &str = "lookup";
 
-const MAPS: [&str; 16] = [
+const MAPS: [&str; 17] = [
     "AGENTS",
     "PODS",
     "LISTENERS",
@@ -43,6 +43,7 @@ const MAPS: [&str; 16] = [
     "NET_RULES",
     "PROBE_TARGETS",
     "PROBE_FLOWS",
+    "REFUSALS",
     "SCOPES",
     "WORKERS",
     "WORKER_LOADS",
@@ -161,6 +162,7 @@ pub struct Maps {
     pub port_rules: LpmTrie<MapData, PortRule, u32>,
     pub net_rules: LpmTrie<MapData, NetRule, u32>,
     pub probe_targets: BpfHashMap<MapData, ProbeTarget, u32>,
+    pub refusals: BpfHashMap<MapData, Destination, u32>,
     pub workers: Array<MapData, u32>,
 }
 
@@ -199,6 +201,7 @@ impl Programs {
             port_rules: map(&mut ebpf, "PORT_RULES")?,
             net_rules: map(&mut ebpf, "NET_RULES")?,
             probe_targets: map(&mut ebpf, "PROBE_TARGETS")?,
+            refusals: map(&mut ebpf, "REFUSALS")?,
             workers: map(&mut ebpf, "WORKERS")?,
         };
         Ok(Self {

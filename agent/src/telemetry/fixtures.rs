@@ -20,6 +20,8 @@ pub(super) fn workload(name: &str) -> Workload {
         probes: Probes::default(),
         labels: Vec::new(),
         meshed: true,
+        ready: true,
+        serving: true,
         settings: Settings::default(),
     }
 }

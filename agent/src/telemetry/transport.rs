@@ -36,7 +36,7 @@ use malla_common::Reason;
 use nix::errno::Errno;
 
 use super::Direction;
-use crate::model::{SpiffeId, Workload};
+use crate::model::{Service, SpiffeId, Workload};
 use series::Series;
 pub(super) use series::{Transports, described};
 
@@ -98,7 +98,7 @@ pub enum Security {
 
 /// What tells the series of one connection from others.
 ///
-/// Equality and hash take workloads by pointer, since they are of one immutable snapshot.
+/// Equality and hash take workloads and Services by pointer, since they are of one immutable snapshot.
 #[derive(Debug, Clone)]
 pub struct ConnectionLabels {
     pub direction: Direction,
@@ -107,15 +107,18 @@ pub struct ConnectionLabels {
     pub reporter: Arc<Workload>,
     /// The workload at the other end, if discovery knows it.
     pub remote: Option<Arc<Workload>>,
-    /// The port that the client wanted.
+    /// The Service that the client asked for.
+    pub service: Option<Arc<Service>>,
+    /// The port that the client wanted; of a Service, the endpoint's.
     pub target_port: u16,
     pub security: Security,
 }
 
 impl ConnectionLabels {
-    fn pointers(&self) -> (*const Workload, *const Workload) {
+    fn pointers(&self) -> (*const Workload, *const Workload, *const Service) {
         let remote = self.remote.as_ref().map_or(ptr::null(), Arc::as_ptr);
-        (Arc::as_ptr(&self.reporter), remote)
+        let service = self.service.as_ref().map_or(ptr::null(), Arc::as_ptr);
+        (Arc::as_ptr(&self.reporter), remote, service)
     }
 }
 

@@ -43,7 +43,7 @@ pub fn node_folders(text: &str) -> Vec<NodeFolders> {
 /// The path as users write it.
 ///
 /// A value with its line is read through a map of serde-saphyr's own, whose key `value` isn't part
-/// of the file. No struct of the schema has a field of that name; labels may.
+/// of the file. No struct of the schema has a field of that name; labels and selectors may.
 fn field_path(path: &Path, error: &Error) -> String {
     let mut text = String::new();
     let mut in_labels = false;
@@ -58,7 +58,7 @@ fn field_path(path: &Path, error: &Error) -> String {
                     text.push('.');
                 }
                 text.push_str(key);
-                in_labels = key == "labels";
+                in_labels = key == "labels" || key == "selector";
             }
             Segment::Map { .. } | Segment::Enum { .. } | Segment::Unknown => {}
         }

@@ -10,7 +10,9 @@ use std::{borrow::Cow, collections::BTreeMap, fmt, net::IpAddr, path::PathBuf};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, de};
 
-use crate::model::{EgressMode, FailMode, InterfaceMode, MtlsMode, NestedMode};
+use crate::model::{
+    EgressMode, FailMode, InterfaceMode, MtlsMode, NestedMode, TrafficDistribution,
+};
 
 /// The JSON schema of the mesh file, indented, made from the types of this module.
 pub fn json_schema() -> String {
@@ -71,6 +73,9 @@ pub(super) struct MeshFile {
     pub(super) namespaces: Vec<At<NamespaceEntry>>,
     /// The pods that the mesh knows.
     pub(super) workloads: Vec<At<WorkloadEntry>>,
+    /// Names for sets of endpoints, with addresses and ports that stand for them.
+    #[serde(default)]
+    pub(super) services: Vec<At<ServiceEntry>>,
 }
 
 /// Where certificates come from and how long they live.
@@ -159,6 +164,11 @@ pub(super) struct WorkloadEntry {
     /// Whether the pod is part of the mesh.
     #[serde(default)]
     pub(super) mesh: MeshMode,
+    /// Whether Services send connections to the pod. Default: true.
+    pub(super) ready: Option<bool>,
+    /// Whether a Service without any ready endpoint sends connections to the pod though it isn't
+    /// ready, as one does that terminates in good order. Default: as `ready`.
+    pub(super) serving: Option<bool>,
     /// The pod's own settings.
     pub(super) settings: Option<SettingsSection>,
 }
@@ -223,6 +233,83 @@ pub(super) struct GrpcEntry {
     pub(super) port: At<PortText>,
     /// The service that is asked for. Default: the server as a whole.
     pub(super) service: Option<At<String>>,
+}
+
+/// One Service.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct ServiceEntry {
+    /// Name of the Service, unique in its namespace (an RFC 1123 label).
+    pub(super) name: At<String>,
+    /// Namespace of the Service and of the workloads that it selects. Default: `default`.
+    pub(super) namespace: Option<At<String>>,
+    /// The Service's cluster addresses, of one family or of both. Needed unless it is headless.
+    #[serde(default)]
+    #[schemars(with = "Vec<IpAddr>")]
+    pub(super) addresses: Vec<At<String>>,
+    /// Whether it has no cluster address: clients learn of its endpoints and dial them themselves.
+    #[serde(default)]
+    pub(super) headless: bool,
+    /// The Service's ports. Needed unless it is headless.
+    #[serde(default)]
+    pub(super) ports: Vec<At<ServicePortEntry>>,
+    /// Labels of the workloads that are its endpoints: those that have all of them.
+    #[serde(default)]
+    pub(super) selector: BTreeMap<String, String>,
+    /// Its endpoints, where it has no selector.
+    #[serde(default)]
+    pub(super) endpoints: Vec<At<EndpointEntry>>,
+    /// Whether endpoints get connections that aren't ready.
+    #[serde(default)]
+    pub(super) publish_not_ready_addresses: bool,
+    /// Which endpoints come first. Default: none.
+    pub(super) traffic_distribution: Option<TrafficDistribution>,
+    /// Whether a client keeps its endpoint. Default: `None`.
+    #[serde(default)]
+    pub(super) session_affinity: SessionAffinity,
+    /// How long a client keeps its endpoint after its last connection, with `ClientIP`. Default:
+    /// `3h`.
+    pub(super) session_affinity_timeout: Option<At<DurationText>>,
+}
+
+/// Whether a Service's client keeps its endpoint.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+pub(super) enum SessionAffinity {
+    /// Each connection goes to an endpoint of its own.
+    #[default]
+    None,
+    /// All connections of one client address go to one endpoint while it is ready.
+    ClientIP,
+}
+
+/// A port of a Service.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct ServicePortEntry {
+    /// Name of the port, unique in its Service (an RFC 1123 label). Needed where there are several.
+    pub(super) name: Option<At<String>>,
+    /// The TCP port that clients dial, 1 to 65535.
+    #[schemars(range(min = 1))]
+    pub(super) port: At<u16>,
+    /// The port of the endpoints: a number, or a name that their workloads declare. Default: the
+    /// same as `port`.
+    pub(super) target_port: Option<At<PortText>>,
+    /// What is spoken on the port, such as `http` or `kubernetes.io/h2c`.
+    pub(super) app_protocol: Option<String>,
+}
+
+/// An endpoint of a Service without selector.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct EndpointEntry {
+    /// The endpoint's addresses, at most one of each family. They may be a workload's.
+    #[schemars(with = "Vec<IpAddr>")]
+    pub(super) addresses: At<Vec<At<String>>>,
+    /// Whether it takes connections. Default: as its workload, else true.
+    pub(super) ready: Option<bool>,
+    /// Whether it takes connections where no endpoint is ready. Default: as its workload where it
+    /// has that one's `ready`, else as `ready`.
+    pub(super) serving: Option<bool>,
 }
 
 /// What can be chosen for a workload. A field that is left out is taken from the next level:
@@ -417,12 +504,14 @@ mod tests {
         names.dedup();
         assert_eq!(
             names.join(" "),
-            "addresses bpffs certificateLifetime cgroup connectTimeout dialPorts directory egress \
-             egressAllowSubnets failMode grpc httpGet identity idleTimeout interfaces labels maxConnections mesh meshConnectTimeout mode mtls mtlsByPort name namespace \
-             namespaces nested netns node nodes path port ports probes runtime service \
-             serviceAccount settings \
-             skipInboundPorts skipInboundSubnets skipOutboundPorts skipOutboundSubnets \
-             tcpSocket trustDomain workloads"
+            "addresses appProtocol bpffs certificateLifetime cgroup connectTimeout dialPorts \
+             directory egress egressAllowSubnets endpoints failMode grpc headless httpGet \
+             identity idleTimeout interfaces labels maxConnections mesh meshConnectTimeout mode \
+             mtls mtlsByPort name namespace namespaces nested netns node nodes path port ports \
+             probes publishNotReadyAddresses ready runtime selector service serviceAccount \
+             services serving sessionAffinity sessionAffinityTimeout settings skipInboundPorts \
+             skipInboundSubnets skipOutboundPorts skipOutboundSubnets targetPort tcpSocket \
+             trafficDistribution trustDomain workloads"
         );
     }
 

@@ -4,7 +4,7 @@ use prometheus::proto::LabelPair;
 
 use super::{ConnectionLabels, NoTls, Peer, Security};
 use crate::{
-    model::{SpiffeId, Workload},
+    model::{Service, SpiffeId, Workload},
     telemetry::{Direction, collector::label},
 };
 
@@ -14,6 +14,7 @@ pub(super) const LABELS: &[&str] = &[
     "direction",
     "dst_namespace",
     "dst_pod",
+    "dst_service",
     "dst_serviceaccount",
     "namespace",
     "no_tls_reason",
@@ -41,9 +42,13 @@ impl End {
         ])
     }
 
-    fn of_stranger(identity: Option<&SpiffeId>) -> Self {
+    /// An end that discovery doesn't know. Behind a Service, it has that one's namespace.
+    fn of_stranger(identity: Option<&SpiffeId>, service: Option<&Service>) -> Self {
         identity.map_or_else(
-            || Self(["unknown"; 3].map(str::to_owned)),
+            || {
+                let namespace = service.map(|service| service.id.namespace.as_str());
+                Self([namespace.unwrap_or("unknown"), "unknown", "unknown"].map(str::to_owned))
+            },
             |identity| {
                 Self([
                     identity.namespace.clone(),
@@ -76,6 +81,8 @@ pub(super) struct Key {
     direction: Direction,
     reporter: End,
     remote: End,
+    /// The Service's name; empty without one.
+    service: String,
     /// Absent: summed over ports.
     target_port: Option<u16>,
     /// The other end's identity, if it has shown one.
@@ -93,10 +100,14 @@ impl Key {
         Self {
             direction: labels.direction,
             reporter: End::of(&labels.reporter),
-            remote: labels
-                .remote
+            remote: labels.remote.as_ref().map_or_else(
+                || End::of_stranger(identity, labels.service.as_deref()),
+                |workload| End::of(workload),
+            ),
+            service: labels
+                .service
                 .as_ref()
-                .map_or_else(|| End::of_stranger(identity), |workload| End::of(workload)),
+                .map_or_else(String::new, |service| service.id.name.clone()),
             target_port: Some(labels.target_port),
             identity: identity.map(SpiffeId::to_string),
             no_tls,
@@ -110,10 +121,11 @@ impl Key {
         }
     }
 
-    /// The same, summed over other ends and ports.
+    /// The same, summed over other ends, Services and ports.
     pub(super) fn summed(self) -> Self {
         Self {
             remote: End(["other"; 3].map(str::to_owned)),
+            service: String::new(),
             target_port: None,
             identity: None,
             ..self
@@ -147,6 +159,7 @@ impl Key {
             self.direction.as_str(),
             dst_namespace,
             dst_pod,
+            &self.service,
             dst_account,
             namespace,
             no_tls.map_or("", NoTls::as_str),

@@ -44,6 +44,7 @@ const CLOSE_LABELS: &[&str] = &[
     "direction",
     "dst_namespace",
     "dst_pod",
+    "dst_service",
     "dst_serviceaccount",
     "errno",
     "namespace",

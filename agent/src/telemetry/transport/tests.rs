@@ -11,6 +11,7 @@ fn outbound(remote: Option<&str>, security: Security) -> ConnectionLabels {
         direction: Direction::Outbound,
         reporter: Arc::new(workload("web")),
         remote: remote.map(|name| Arc::new(workload(name))),
+        service: None,
         target_port: 8080,
         security,
     }
@@ -42,7 +43,7 @@ fn an_outbound_mesh_connection_reads_as_linkerds() {
     let labels = outbound(Some("voting"), Security::MutualTls(identity_of("voting")));
     let connection = metrics.worker().open(&labels);
     connection.dialled();
-    let ends = "dst_namespace=\"emojivoto\",dst_pod=\"voting\",dst_serviceaccount=\"voting\"";
+    let ends = "dst_namespace=\"emojivoto\",dst_pod=\"voting\",dst_service=\"\",dst_serviceaccount=\"voting\"";
     let source = "src_namespace=\"emojivoto\",src_pod=\"web\",src_serviceaccount=\"web\"";
     assert_eq!(
         samples(&metrics, "tcp_open_total"),
@@ -108,7 +109,7 @@ fn a_stranger_is_unknown_unless_it_shows_a_certificate() {
     metrics.worker().open(&labels).close();
     let shown = samples(&metrics, "tcp_open_total").remove(0);
     assert!(
-        shown.contains("dst_namespace=\"emojivoto\",dst_pod=\"\",dst_serviceaccount=\"voting\""),
+        shown.contains("dst_namespace=\"emojivoto\",dst_pod=\"\",dst_service=\"\",dst_serviceaccount=\"voting\""),
         "{shown}"
     );
 }

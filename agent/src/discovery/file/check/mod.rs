@@ -4,6 +4,7 @@
 //! first; of one that is, all mistakes are told at once, in the order in which they are checked.
 
 mod probes;
+mod services;
 mod settings;
 mod values;
 
@@ -24,8 +25,8 @@ use super::{
     schema::{At, MeshFile, MeshMode, NamespaceEntry, NodeEntry, PortEntry, WorkloadEntry},
 };
 use crate::model::{
-    IdentityConfig, Mesh, Node, RUNTIME_FOLDERS, Settings, SpiffeId, Workload, WorkloadId,
-    WorkloadPort,
+    IdentityConfig, Mesh, Node, RUNTIME_FOLDERS, ServiceId, Settings, SpiffeId, Workload,
+    WorkloadId, WorkloadPort,
 };
 
 const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
@@ -64,6 +65,7 @@ struct Checker {
 enum Owner {
     Node(String),
     Workload(WorkloadId),
+    Service(ServiceId),
 }
 
 impl fmt::Display for Owner {
@@ -71,6 +73,7 @@ impl fmt::Display for Owner {
         match self {
             Self::Node(name) => write!(f, "node {name}"),
             Self::Workload(id) => id.fmt(f),
+            Self::Service(id) => write!(f, "Service {id}"),
         }
     }
 }
@@ -107,7 +110,8 @@ impl Checker {
                 self.workload(entry, &format!("workloads[{index}]"), &context)
             })
             .collect();
-        Mesh::new(trust_domain, identity, nodes, workloads)
+        let services = services::check(self, &file.services, &workloads);
+        Mesh::new(trust_domain, identity, nodes, workloads, services)
     }
 
     fn identity(&mut self, file: &MeshFile) -> IdentityConfig {
@@ -245,6 +249,8 @@ impl Checker {
                 .map(|(k, v)| (k.clone(), v.clone()))
                 .collect(),
             meshed: entry.mesh == MeshMode::Enabled,
+            ready: entry.ready.unwrap_or(true),
+            serving: entry.serving.or(entry.ready).unwrap_or(true),
             settings: settings::resolve(
                 self,
                 entry.settings.as_ref(),
@@ -307,9 +313,19 @@ impl Checker {
                 "has no address; at least one is needed".to_owned(),
             );
         }
-        let mut addresses = Vec::with_capacity(list.value.len());
-        for (index, entry) in list.value.iter().enumerate() {
-            let field = format_args!("{path}.addresses[{index}]");
+        self.own_addresses(&list.value, &field, owner)
+    }
+
+    /// Addresses that are nobody else's.
+    fn own_addresses(
+        &mut self,
+        list: &[At<String>],
+        field: &dyn fmt::Display,
+        owner: &Owner,
+    ) -> Vec<IpAddr> {
+        let mut addresses = Vec::with_capacity(list.len());
+        for (index, entry) in list.iter().enumerate() {
+            let field = format_args!("{field}[{index}]");
             let Some(address) = self.parsed(entry, &field, |text| values::address(text)) else {
                 continue;
             };

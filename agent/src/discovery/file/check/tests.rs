@@ -6,7 +6,7 @@ use std::{fmt::Write as _, path::Path, time::Duration};
 
 use super::*;
 use crate::model::{
-    Ask, EgressMode, FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange, Probe,
+    Ask, EgressMode, EndpointState, FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange, Probe,
 };
 
 /// Every field of the format.
@@ -59,6 +59,23 @@ workloads:
       connectTimeout: 500ms
       idleTimeout: 1h
       maxConnections: 300
+    ready: true
+    serving: true
+services:
+  - name: web
+    namespace: emojivoto
+    addresses: [10.96.0.1, "fd96::1"]
+    headless: false
+    ports: [{name: http, port: 80, targetPort: http, appProtocol: http}, {name: admin, port: 9090}]
+    selector: {app: web}
+    publishNotReadyAddresses: true
+    trafficDistribution: PreferClose
+    sessionAffinity: ClientIP
+    sessionAffinityTimeout: 10m
+  - name: database
+    addresses: [10.96.0.2]
+    ports: [{port: 5432}]
+    endpoints: [{addresses: [10.5.0.1], ready: false, serving: true}, {addresses: [10.1.0.2]}]
 "#;
 
 const NODE: &str = "nodes:
@@ -281,4 +298,62 @@ fn no_mutation_of_a_good_file_makes_the_check_panic() {
             );
         }
     }
+}
+
+#[test]
+fn services_know_their_endpoints() {
+    let mesh = mesh(FULL);
+    let service = |address: &str| mesh.service_at(address.parse().unwrap()).unwrap();
+    let web = service("fd96::1");
+    assert_eq!(web.host, "web.emojivoto.svc.cluster.local");
+    assert_eq!(web.client_ip_affinity, Some(Duration::from_mins(10)));
+    let [endpoint] = &web.endpoints[..] else {
+        panic!("{:?}", web.endpoints);
+    };
+    assert_eq!(endpoint.node, "node-a");
+    assert_eq!(endpoint.ports, [Some(8080), Some(9090)]);
+    let target = |port, v4| web.port(port).unwrap().targets(v4)[0].address.to_string();
+    assert_eq!(target(80, true), "10.1.0.2:8080");
+    assert_eq!(target(9090, false), "[fd01::2]:9090");
+
+    let database = service("10.96.0.2");
+    let states: Vec<_> = database.endpoints.iter().map(|e| e.state).collect();
+    assert_eq!(states, [EndpointState::Serving, EndpointState::Ready]);
+    let targets = database.port(5432).unwrap().targets(true);
+    // Who only serves takes nothing while another one is ready.
+    assert_eq!(targets.len(), 1);
+    assert_eq!(targets[0].address.to_string(), "10.1.0.2:5432");
+    assert!(database.port(80).is_none());
+}
+
+#[test]
+fn a_selector_chooses_by_all_its_labels_in_its_namespace() {
+    use EndpointState::{NotReady, Ready};
+
+    let mesh = mesh(&format!(
+        "{NODE}workloads:
+- {{name: one, addresses: [10.1.0.1], labels: {{app: web, track: new}}}}
+- {{name: two, addresses: [10.1.0.2], labels: {{app: web}}}}
+- {{name: three, namespace: other, addresses: [10.1.0.3], labels: {{app: web}}}}
+- {{name: four, addresses: [10.1.0.4], labels: {{app: web}}, ready: false}}
+services:
+- {{name: all, headless: true, selector: {{app: web}}}}
+- {{name: new, headless: true, selector: {{track: new, app: web}}}}
+- {{name: none, headless: true}}
+"
+    ));
+    let endpoints = |name: &str| {
+        let id = ServiceId {
+            namespace: "default".to_owned(),
+            name: name.to_owned(),
+        };
+        let endpoints = mesh.services[&id].endpoints.iter();
+        let named = endpoints.map(|e| (e.workload.clone().unwrap().name, e.state));
+        named.collect::<Vec<_>>()
+    };
+    let [one, two, four] = ["one", "two", "four"].map(str::to_owned);
+    let all = [(one.clone(), Ready), (two, Ready), (four, NotReady)];
+    assert_eq!(endpoints("all"), all);
+    assert_eq!(endpoints("new"), [(one, Ready)]);
+    assert_eq!(endpoints("none"), []);
 }

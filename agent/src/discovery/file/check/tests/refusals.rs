@@ -16,7 +16,7 @@ fn a_text_that_is_no_mesh_file_is_refused_where_it_stops_being_one() {
         (
             "nodes: []\nworkloads: []\nnode: 1",
             "mesh.yaml:3: node: unknown field; known here: trustDomain, identity, nodes, settings, \
-             namespaces, workloads",
+             namespaces, workloads, services",
         ),
         (
             "nodes:\n- name: a\n  value: b\nworkloads: []",
@@ -384,4 +384,83 @@ fn all_mistakes_of_a_file_are_told_at_once() {
          mesh.yaml:14: workloads[2].name: there is a workload emojivoto/web-1 already (line 4)\n\
          mesh.yaml:16: workloads[2].addresses[0]: `10.1.0.300` is no IP address"
     );
+}
+
+#[test]
+fn services_are_checked() {
+    let workloads = "workloads:
+- {name: web, addresses: [10.1.0.1], ports: [{name: http, port: 8080}]}
+- {name: db, addresses: [10.1.0.2]}
+services:
+";
+    for (service, said) in [
+        (
+            "{name: Web, addresses: [10.96.0.1], ports: [{port: 80}]}",
+            "services[0].name: `Web` is no RFC 1123 label: at most 63 of a-z, 0-9 and -, with a \
+             letter or digit at both ends",
+        ),
+        (
+            "{name: s, ports: [{port: 80}]}",
+            "services[0].addresses: is missing: write the Service's cluster addresses, or \
+             `headless: true`",
+        ),
+        (
+            "{name: s, headless: true, addresses: [10.96.0.1]}",
+            "services[0].addresses: a headless Service has no address; take out this or `headless`",
+        ),
+        (
+            "{name: s, addresses: [10.1.0.1], ports: [{port: 80}]}",
+            "services[0].addresses[0]: 10.1.0.1 belongs to default/web already (line 4)",
+        ),
+        (
+            "{name: s, addresses: [10.96.0.1]}",
+            "services[0].ports: is missing: write at least one port",
+        ),
+        (
+            "{name: s, addresses: [10.96.0.1], ports: [{port: 80}, {port: 81, name: b}]}",
+            "services[0].ports[0].name: is missing: each port of a Service with several has a name",
+        ),
+        (
+            "{name: s, addresses: [10.96.0.1], ports: [{port: 80, targetPort: 0}]}",
+            "services[0].ports[0].targetPort: `0` is no port; write 1 to 65535",
+        ),
+        (
+            "{name: s, addresses: [10.96.0.1], ports: [{port: 80}], selector: {a: b}, \
+             endpoints: [{addresses: [10.1.0.1]}]}",
+            "services[0].endpoints: stands beside `selector`, which chooses the endpoints; take \
+             out one of them",
+        ),
+        (
+            "{name: s, addresses: [10.96.0.1], ports: [{port: 80, targetPort: http}], \
+             endpoints: [{addresses: [10.1.0.2]}]}",
+            "services[0].endpoints[0]: has no port named http, which is the Service's target: \
+             default/db is at this address; declare the port there, or write a number as \
+             `targetPort`",
+        ),
+        (
+            "{name: s, addresses: [10.96.0.1], ports: [{port: 80}], \
+             endpoints: [{addresses: [10.96.0.1]}]}",
+            "services[0].endpoints[0].addresses[0]: 10.96.0.1 belongs to Service default/s; an \
+             endpoint is no Service",
+        ),
+        (
+            "{name: s, addresses: [10.96.0.1], ports: [{port: 80}], \
+             endpoints: [{addresses: [10.1.0.1, 10.1.0.2]}]}",
+            "services[0].endpoints[0].addresses[1]: is a second one of this family; write an \
+             endpoint for each",
+        ),
+        (
+            "{name: s, addresses: [10.96.0.1], ports: [{port: 80}], sessionAffinityTimeout: 1h}",
+            "services[0].sessionAffinityTimeout: means nothing without `sessionAffinity: ClientIP`",
+        ),
+        (
+            "{name: s, addresses: [10.96.0.1], ports: [{port: 80}], \
+             trafficDistribution: PreferSameZone}",
+            "services[0].trafficDistribution: `PreferSameZone` is none of: PreferClose, \
+             PreferSameNode",
+        ),
+    ] {
+        let text = format!("{NODE}{workloads}- {service}\n");
+        assert_eq!(refusal(&text), format!("mesh.yaml:7: {said}"), "{service}");
+    }
 }

@@ -1,0 +1,187 @@
+//! A connection that an app opens to a Service: balanced over its endpoints until one answers.
+
+use std::{
+    cell::RefCell,
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use malla_common::Reason;
+use tokio::{net::TcpStream, time::timeout};
+
+use super::{
+    balance::{Outstanding, Wish},
+    outbound::{self, Asked, Progress, Route, Server},
+    pod::PodContext,
+    record::{Ends, Record},
+    worker::Worker,
+};
+use crate::{
+    ledger::Accounted,
+    model::Service,
+    telemetry::{ConnectionLabels, Direction, Failure},
+};
+
+/// Endpoints that a connection tries before it is refused.
+const MAX_ENDPOINTS: usize = 10;
+
+/// Chooses, connects, relays, records.
+pub(super) async fn serve(
+    worker: &Rc<Worker>,
+    pod: &Rc<PodContext>,
+    client: &mut Accounted<TcpStream>,
+    asked: Asked,
+) {
+    let mut attempts = Attempts {
+        worker,
+        pod,
+        asked,
+        began: Instant::now(),
+        tried: Vec::new(),
+        progress: RefCell::default(),
+        endpoint: None,
+        labels: None,
+    };
+    let connected = attempts.connect().await;
+    let Some(record) = attempts.record() else {
+        let reason = connected.err().map_or(Reason::NoEndpoint, |f| f.reason);
+        return worker.refuse(Direction::Outbound, asked.source, asked.destination, reason);
+    };
+    let result = match connected {
+        Ok((server, _outstanding)) => {
+            record.dialled();
+            server.relay(worker, pod, client, &record).await
+        }
+        Err(failure) => Err(failure),
+    };
+    record.close(result);
+}
+
+/// The way to an endpoint that answers.
+///
+/// Its labels are those of the endpoint that it has come to, so the record begins when that is
+/// settled. Dropped before that, the connection was cut, and is recorded all the same.
+struct Attempts<'a> {
+    worker: &'a Rc<Worker>,
+    pod: &'a Rc<PodContext>,
+    asked: Asked,
+    began: Instant,
+    tried: Vec<SocketAddr>,
+    /// What the record is to be told of the endpoint that was tried last.
+    progress: RefCell<Vec<Progress>>,
+    endpoint: Option<SocketAddr>,
+    labels: Option<(ConnectionLabels, Ends)>,
+}
+
+impl Attempts<'_> {
+    async fn connect(&mut self) -> Result<(Server, Outstanding), Failure> {
+        let mut failure = Failure::from(Reason::NoEndpoint);
+        while self.tried.len() < MAX_ENDPOINTS {
+            // Endpoints may have changed since the last attempt.
+            let mesh = self.worker.mesh();
+            let Some(service) = mesh.service_at(self.asked.destination.ip()) else {
+                break;
+            };
+            if service.port(self.asked.destination.port()).is_none() {
+                failure = Reason::NoServicePort.into();
+                break;
+            }
+            let workload = self.pod.workload();
+            let wish = Wish {
+                service: self.asked.destination,
+                client: self.asked.source.ip(),
+                node: &workload.node,
+                tried: &self.tried,
+            };
+            let Some(target) = self.worker.balancer.choose(service, wish) else {
+                break;
+            };
+            let endpoint = target.address;
+            let route = outbound::route(
+                self.worker,
+                self.pod,
+                &mesh,
+                self.asked.source.ip(),
+                endpoint,
+            );
+            let Some(limit) = self.limit(service, &route) else {
+                break;
+            };
+            self.head_for(service, &route, endpoint);
+            let outstanding = self.worker.balancer.enter(endpoint);
+            let attempt = async {
+                if outbound::is_own_listener(self.pod, &mesh, endpoint) {
+                    return Err(Reason::OwnListener.into());
+                }
+                let told = |progress| self.progress.borrow_mut().push(progress);
+                let source = self.asked.source;
+                outbound::connect(self.worker, self.pod, &route, source, endpoint, told).await
+            };
+            let connected = timeout(limit, attempt).await;
+            match connected.unwrap_or(Err(Reason::ConnectTimeout.into())) {
+                Ok(server) => {
+                    self.worker.balancer.reached(service, &self.asked, endpoint);
+                    return Ok((server, outstanding));
+                }
+                Err(failed) => {
+                    tracing::debug!(
+                        service = service.host, %endpoint, reason = %failed.reason,
+                        "an endpoint failed, another is tried",
+                    );
+                    failure = failed;
+                    self.tried.push(endpoint);
+                }
+            }
+        }
+        Err(failure)
+    }
+
+    /// How long the next attempt may take: half of what is left, so that one silent endpoint
+    /// leaves time for others, and all of it at the last. `None` when nothing is left.
+    fn limit(&self, service: &Service, route: &Route) -> Option<Duration> {
+        let settings = &self.pod.workload().settings;
+        let whole = match route {
+            Route::Mesh(_) | Route::Neighbour(..) => settings.mesh_connect_timeout,
+            Route::Plain(..) => settings.connect_timeout,
+        };
+        let left = whole.checked_sub(self.began.elapsed())?;
+        let port = service.port(self.asked.destination.port())?;
+        let targets = port.targets(self.asked.destination.is_ipv4()).len();
+        let is_last = self.tried.len() + 1 >= targets.min(MAX_ENDPOINTS);
+        Some(if is_last { left } else { left / 2 })
+    }
+
+    /// Names what is being tried, for the record.
+    fn head_for(&mut self, service: &Arc<Service>, route: &Route, endpoint: SocketAddr) {
+        self.progress.take();
+        self.endpoint = Some(endpoint);
+        let service = Some(Arc::clone(service));
+        self.labels = Some(outbound::labels(
+            self.pod,
+            route,
+            service,
+            &self.asked,
+            endpoint,
+        ));
+    }
+
+    /// The record of the connection. `None` where there was no endpoint to try.
+    fn record(&mut self) -> Option<Record> {
+        let (labels, ends) = self.labels.take()?;
+        let record = Record::open(self.worker, self.pod, labels, &ends);
+        if let Some(endpoint) = self.endpoint {
+            let progress = self.progress.take().into_iter();
+            progress.for_each(|progress| progress.tell(&record, endpoint));
+        }
+        Some(record)
+    }
+}
+
+impl Drop for Attempts<'_> {
+    fn drop(&mut self) {
+        // A record that is dropped says that its connection was cut.
+        drop(self.record());
+    }
+}

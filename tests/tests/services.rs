@@ -1,0 +1,346 @@
+//! Connections to a Service's address, balanced over its endpoints.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use malla_testbed::{EchoApp, Fate, Node, PORT, Pod, PodSpec, Testbed, eventually, say};
+
+/// The cluster addresses of the Service `web`.
+const WEB: [&str; 2] = ["10.96.0.10", "fd96::10"];
+const WEB_PORT: u16 = 80;
+
+/// A client on node `a` and endpoints of the Service `web`, with its app on each, on both nodes in
+/// turn, beginning with `b`.
+struct Services {
+    bed: Testbed,
+    nodes: [Arc<Node>; 2],
+    client: Arc<Pod>,
+    endpoints: Vec<Arc<Pod>>,
+    apps: Vec<EchoApp>,
+}
+
+impl Services {
+    fn new(endpoints: usize) -> Self {
+        let mut bed = Testbed::new("services").unwrap();
+        let nodes = ["a", "b"].map(|name| bed.node(name).unwrap());
+        let client = bed.pod(&nodes[0], PodSpec::new("client")).unwrap();
+        let mut services = Self {
+            bed,
+            nodes,
+            client,
+            endpoints: Vec::new(),
+            apps: Vec::new(),
+        };
+        for place in 0..endpoints {
+            services.endpoint(&format!("web-{place}"));
+        }
+        services
+    }
+
+    /// One more endpoint, with its app.
+    fn endpoint(&mut self, name: &str) {
+        let node = Arc::clone(&self.nodes[(self.endpoints.len() + 1) % 2]);
+        self.endpoint_like(&node, PodSpec::new(name));
+    }
+
+    fn endpoint_like(&mut self, node: &Arc<Node>, spec: PodSpec) {
+        let spec = spec.label("app", "web").named_port("http", PORT);
+        let pod = self.bed.pod(node, spec).unwrap();
+        self.apps.push(pod.echo(PORT).unwrap());
+        self.endpoints.push(pod);
+    }
+
+    /// The Service over all pods with the label, with more fields as lines of YAML.
+    fn web(&mut self, fields: &str) {
+        let yaml = format!(
+            "addresses: [{}, \"{}\"]\n\
+             ports: [{{port: {WEB_PORT}, targetPort: http}}]\n\
+             selector: {{app: web}}\n{fields}",
+            WEB[0], WEB[1]
+        );
+        self.bed.service("web", yaml).unwrap();
+    }
+
+    /// The Service over these pods alone.
+    fn web_over(&mut self, pods: &[&Pod]) {
+        let endpoints = pods.iter().map(|pod| {
+            let [v4, v6] = [IpAddr::from(pod.v4()), pod.v6().into()];
+            format!("- addresses: [{v4}, \"{v6}\"]\n")
+        });
+        let endpoints = endpoints.collect::<Vec<_>>().concat();
+        let yaml = format!(
+            "addresses: [{}, \"{}\"]\n\
+             ports: [{{port: {WEB_PORT}, targetPort: {PORT}}}]\n\
+             endpoints:\n{endpoints}",
+            WEB[0], WEB[1]
+        );
+        self.bed.service("web", yaml).unwrap();
+    }
+
+    fn accepted(&self) -> Vec<usize> {
+        self.apps.iter().map(EchoApp::accepted).collect()
+    }
+}
+
+fn address(ip: &str) -> SocketAddr {
+    SocketAddr::new(ip.parse().unwrap(), WEB_PORT)
+}
+
+#[test]
+fn connections_are_balanced_over_the_endpoints_of_both_families() {
+    let mut services = Services::new(3);
+    services.web("");
+    services.bed.start_agents().unwrap();
+    for ip in WEB {
+        let before = services.accepted();
+        let mut streams: Vec<_> = (0..30)
+            .map(|_| services.client.connect(address(ip)).unwrap())
+            .collect();
+        for stream in &mut streams {
+            assert_eq!(say(stream, b"hello"), Fate::Echoed);
+        }
+        // With all of them open, the least of two keeps the endpoints close to each other.
+        let shares = services.accepted();
+        let shares: Vec<usize> = shares.iter().zip(before).map(|(now, b)| now - b).collect();
+        assert!(shares.iter().all(|share| *share >= 6), "{shares:?}");
+        assert_eq!(shares.iter().sum::<usize>(), 30);
+    }
+    let node = &services.nodes[0];
+    let metrics = services.bed.agent(node).metrics().unwrap();
+    let labels = [
+        ("direction", "outbound"),
+        ("peer", "dst"),
+        ("dst_service", "web"),
+        ("dst_namespace", "default"),
+        ("tls", "true"),
+    ];
+    assert_eq!(metrics.sum("tcp_open_total", &labels).to_string(), "60");
+    let line = "dst.service=\"web.default.svc.cluster.local\"";
+    eventually("lines of the access log", Duration::from_secs(10), || {
+        let log = services.bed.agent(node).log();
+        log.matches(line).count() == 60
+    })
+    .unwrap();
+}
+
+#[test]
+fn an_endpoint_that_fails_is_passed_by() {
+    let mut services = Services::new(3);
+    services.web("");
+    services.bed.start_agents().unwrap();
+    // Its app is gone, and discovery doesn't know.
+    services.apps.remove(1);
+    for ip in WEB {
+        for _ in 0..10 {
+            assert_eq!(services.client.caller().call(address(ip)), Fate::Echoed);
+        }
+    }
+    // None is left.
+    services.apps.clear();
+    let (fate, took) = services.client.caller().timed_call(address(WEB[0]));
+    assert_eq!(fate, Fate::Reset);
+    assert!(took < Duration::from_secs(5), "{took:?}");
+}
+
+#[test]
+fn a_pod_calls_its_own_service_and_an_unmeshed_endpoint_and_one_by_its_own_address() {
+    let mut services = Services::new(1);
+    let node = Arc::clone(&services.nodes[0]);
+    services.endpoint_like(&node, PodSpec::new("stranger").unmeshed());
+    services.web("");
+    services.bed.start_agents().unwrap();
+    let pods = services.endpoints.clone();
+    for ip in WEB {
+        for only in 0..2 {
+            services.web_over(&[&*pods[only]]);
+            for client in [&pods[0], &services.client] {
+                let before = services.apps[only].accepted();
+                eventually("the only endpoint", Duration::from_secs(10), || {
+                    client.caller().call(address(ip)) == Fate::Echoed
+                        && services.apps[only].accepted() > before
+                })
+                .unwrap();
+            }
+        }
+    }
+    for pod in &pods {
+        for ip in pod.addresses() {
+            let to = SocketAddr::new(*ip, PORT);
+            assert_eq!(services.client.caller().call(to), Fate::Echoed);
+        }
+    }
+}
+
+/// As linkerd/linkerd2#10406 has it: a client that was idle meanwhile finds those that came.
+#[test]
+fn endpoints_are_replaced_under_a_long_connection_and_an_idle_client() {
+    let mut services = Services::new(3);
+    let pods = services.endpoints.clone();
+    services.web_over(&[&*pods[0]]);
+    services.bed.start_agents().unwrap();
+    let mut long = services.client.connect(address(WEB[0])).unwrap();
+    assert_eq!(say(&mut long, b"hello"), Fate::Echoed);
+    let limit = Duration::from_secs(10);
+    for turn in 0..100 {
+        let place = 1 + turn % 2;
+        services.web_over(&[&*pods[place]]);
+        eventually("the other endpoint", limit, || {
+            let before = services.apps[place].accepted();
+            assert_eq!(services.client.caller().call(address(WEB[0])), Fate::Echoed);
+            services.apps[place].accepted() > before
+        })
+        .unwrap();
+        assert_eq!(say(&mut long, b"hello again"), Fate::Echoed, "{turn}");
+    }
+    let first = services.apps[0].accepted();
+    let fates = [(); 5].map(|()| services.client.caller().call(address(WEB[0])));
+    assert_eq!(fates, [Fate::Echoed; 5]);
+    assert_eq!(services.apps[0].accepted(), first);
+    assert_eq!(say(&mut long, b"still there"), Fate::Echoed);
+}
+
+#[test]
+fn a_client_keeps_its_endpoint_where_the_service_says_so() {
+    let mut services = Services::new(3);
+    services.web("sessionAffinity: ClientIP\nsessionAffinityTimeout: 1h");
+    services.bed.start_agents().unwrap();
+    for ip in WEB {
+        let before = services.accepted();
+        for _ in 0..20 {
+            assert_eq!(services.client.caller().call(address(ip)), Fate::Echoed);
+        }
+        let after = services.accepted();
+        let shares = after.iter().zip(before).map(|(now, b)| now - b);
+        assert_eq!(shares.max(), Some(20), "{after:?}");
+    }
+}
+
+/// As istio's release note 60423 has it: what one Service publishes, another one doesn't.
+#[test]
+fn endpoints_that_are_not_ready_are_published_by_each_service_for_itself() {
+    let mut services = Services::new(1);
+    let [v4, v6] = [
+        services.endpoints[0].v4().to_string(),
+        services.endpoints[0].v6().to_string(),
+    ];
+    let fields = |ip: &str, publish: bool| {
+        format!(
+            "addresses: [{ip}]\nports: [{{port: {WEB_PORT}, targetPort: http}}]\n\
+             publishNotReadyAddresses: {publish}\n\
+             endpoints:\n- {{addresses: [{v4}, \"{v6}\"], ready: false}}\n"
+        )
+    };
+    let bed = &mut services.bed;
+    bed.service("web", fields(WEB[0], false)).unwrap();
+    bed.service("peers", fields("10.96.0.11", true)).unwrap();
+    bed.start_agents().unwrap();
+    let caller = services.client.caller();
+    assert_eq!(caller.call(address("10.96.0.11")), Fate::Echoed);
+    assert_ne!(caller.call(address(WEB[0])), Fate::Echoed);
+    assert_eq!(services.accepted(), [1]);
+}
+
+/// As cilium/cilium#36427 has it.
+#[test]
+fn one_source_port_is_connected_to_a_service_and_the_pod_behind_it() {
+    const SOURCE: u16 = 45_000;
+    let mut services = Services::new(1);
+    services.web("");
+    services.bed.start_agents().unwrap();
+    let caller = services.client.caller();
+    let source = SocketAddr::new(services.client.v4().into(), SOURCE);
+    let pod = SocketAddr::new(services.endpoints[0].v4().into(), PORT);
+    let mut streams = [address(WEB[0]), pod].map(|to| caller.clone().from(source).connect(to));
+    for stream in &mut streams {
+        let stream = stream.as_mut().unwrap();
+        assert_eq!(say(stream, b"hello"), Fate::Echoed);
+    }
+    assert_eq!(services.accepted(), [2]);
+}
+
+#[test]
+fn a_service_without_endpoints_and_a_port_that_it_has_not_are_refused_at_once() {
+    const AT_ONCE: Duration = Duration::from_millis(200);
+    let mut services = Services::new(1);
+    services.endpoint_like(
+        &Arc::clone(&services.nodes[0]),
+        PodSpec::new("open").settings("failMode: open\nskipOutboundSubnets: [10.96.0.99/32]"),
+    );
+    services.web("");
+    let none = "addresses: [10.96.0.99, \"fd96::99\"]\nports: [{port: 80}]\nselector: {app: none}";
+    services.bed.service("none", none).unwrap();
+    services.bed.start_agents().unwrap();
+    let caller = services.client.caller();
+    let undefined = |ip: &str| SocketAddr::new(ip.parse().unwrap(), 81);
+    for to in [
+        address("10.96.0.99"),
+        address("fd96::99"),
+        undefined(WEB[0]),
+        undefined(WEB[1]),
+    ] {
+        let (fate, took) = caller.timed_call(to);
+        assert_eq!(fate, Fate::Refused, "{to}");
+        assert!(took < AT_ONCE, "{to}: {took:?}");
+    }
+    let counted = || {
+        let agent = services.bed.agent(&services.nodes[0]);
+        let metrics = agent.metrics().unwrap();
+        ["no_endpoint", "no_service_port"].map(|reason| {
+            let refused = metrics.syns("outbound", "refused", reason);
+            refused.to_string()
+        })
+    };
+    assert_eq!(counted(), ["2", "2"]);
+    // An opt-out beats the map. Behind it there is nothing here, and nobody who refuses.
+    let skipping = services.endpoints[1].caller();
+    let skipping = skipping.patience(Duration::from_millis(300));
+    assert_ne!(skipping.call(address("10.96.0.99")), Fate::Refused);
+    assert_eq!(counted(), ["2", "2"]);
+
+    // With the first endpoint it opens, with the last one it closes.
+    let refused = Duration::from_secs(5);
+    for (selector, fate) in [("web", Fate::Echoed), ("none", Fate::Refused)] {
+        let yaml = format!(
+            "addresses: [10.96.0.99, \"fd96::99\"]\n\
+             ports: [{{port: 80, targetPort: http}}]\nselector: {{app: {selector}}}"
+        );
+        services.bed.service("none", yaml).unwrap();
+        let caller = services.client.caller();
+        for to in [address("10.96.0.99"), address("fd96::99")] {
+            eventually("another selector", refused, || caller.call(to) == fate).unwrap();
+        }
+    }
+}
+
+#[test]
+fn the_configuration_tells_each_endpoint_and_its_state() {
+    let mut services = Services::new(2);
+    services.web("trafficDistribution: PreferClose");
+    services.bed.start_agents().unwrap();
+    let mut stream = services.client.connect(address(WEB[0])).unwrap();
+    assert_eq!(say(&mut stream, b"hello"), Fate::Echoed);
+    // The second endpoint is on the client's node.
+    assert_eq!(services.accepted(), [0, 1]);
+    let config = services.nodes[0].config().unwrap();
+    let web = &config["services"][0];
+    assert_eq!(web["service"], "default/web");
+    assert_eq!(web["ports"][0]["targetPort"], "http");
+    assert_eq!(web["trafficDistribution"], "PreferClose");
+    for (place, (node, connections)) in [("b", 0), ("a", 1)].into_iter().enumerate() {
+        let endpoint = &web["endpoints"][place];
+        assert_eq!(endpoint["workload"], format!("default/web-{place}"));
+        assert_eq!(endpoint["node"], node);
+        assert_eq!(endpoint["state"], "ready");
+        assert_eq!(
+            endpoint["identity"],
+            "spiffe://cluster.local/ns/default/sa/default"
+        );
+        assert_eq!(endpoint["connections"], connections);
+        assert_eq!(endpoint["ports"], serde_json::json!([PORT]));
+    }
+}

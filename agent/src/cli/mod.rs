@@ -10,6 +10,7 @@ mod client;
 mod diagnostics;
 mod documentation;
 mod edges;
+mod endpoints;
 mod explain;
 mod mesh;
 mod metrics;
@@ -45,6 +46,8 @@ enum Command {
     Diagnostics(diagnostics::Command),
     /// Who talks to whom, under which identities, and whether that is secured.
     Edges(edges::Arguments),
+    /// Where the Services of the mesh lead.
+    Endpoints(endpoints::Arguments),
     /// What would happen to a connection, by which rule, and what became of the last ones.
     Explain(explain::Arguments),
     /// What the pods of the agent's node carry.
@@ -81,6 +84,7 @@ pub fn main() -> ExitCode {
         Command::Check(arguments) => check::run(&arguments),
         Command::Diagnostics(command) => diagnostics::run(&command),
         Command::Edges(arguments) => edges::run(&arguments),
+        Command::Endpoints(arguments) => endpoints::run(&arguments),
         Command::Explain(arguments) => explain::run(&arguments),
         Command::Stat(arguments) => stat::run(&arguments),
         Command::Version(arguments) => version::run(&arguments),

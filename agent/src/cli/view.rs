@@ -13,6 +13,7 @@ pub(super) struct Config {
     pub(super) workloads: Vec<Workload>,
     pub(super) refused: Vec<Refused>,
     pub(super) ended: Vec<Ended>,
+    pub(super) services: Vec<Service>,
     pub(super) certificates: Certificates,
     pub(super) ledger: Ledger,
     pub(super) audit: Audit,
@@ -68,6 +69,37 @@ pub(super) struct Ended {
     /// None: in good order.
     pub(super) reason: Option<String>,
     pub(super) times: u64,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Service {
+    /// Namespace and name.
+    #[serde(rename = "service")]
+    pub(super) id: String,
+    pub(super) endpoints: Vec<Endpoint>,
+}
+
+impl Service {
+    pub(super) fn namespace(&self) -> &str {
+        self.id
+            .split_once('/')
+            .map_or("", |(namespace, _)| namespace)
+    }
+
+    pub(super) fn name(&self) -> &str {
+        self.id.split_once('/').map_or(&self.id, |(_, name)| name)
+    }
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Endpoint {
+    pub(super) addresses: Vec<String>,
+    pub(super) workload: Option<String>,
+    pub(super) state: String,
+    /// For each port of the Service; None: the endpoint hasn't it.
+    pub(super) ports: Vec<Option<u16>>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]

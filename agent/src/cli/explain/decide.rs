@@ -146,6 +146,31 @@ impl World<'_> {
             }
             (state, _) => rule("agent", living(&pod.node, state)),
         }
+        let mut to = to;
+        if let Some(service) = self.mesh.service_at(to.ip()) {
+            let Some(port) = service.port(to.port()) else {
+                rule(
+                    "service",
+                    format!("{} has no port {}", service.id, to.port()),
+                );
+                return refused(Reason::NoServicePort);
+            };
+            let targets = port.targets(to.is_ipv4());
+            let Some(target) = targets.first() else {
+                let port = to.port();
+                rule(
+                    "service",
+                    format!("{} has no endpoint that takes port {port}", service.id),
+                );
+                return refused(Reason::NoEndpoint);
+            };
+            let (id, count, address) = (&service.id, targets.len(), target.address);
+            rule(
+                "service",
+                format!("{id} is balanced over {count} endpoints, such as {address}"),
+            );
+            to = address;
+        }
         let destination = self.mesh.workload_at(to.ip());
         let is_meshed = destination.is_some_and(|workload| workload.meshed);
         if to.port() == ports::MESH && is_meshed {

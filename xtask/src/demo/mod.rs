@@ -32,7 +32,7 @@ pub(crate) fn run(once: bool) -> Result<()> {
         println!("Removed what an earlier run has left: {leftover}.");
     }
 
-    println!("Making two nodes, five pods and an agent on each node.");
+    println!("Making two nodes, six pods and an agent on each node.");
     let mut scene = Scene::set_up()?;
     let failed = proof::show(&mut scene)?;
     scene.print_guide();

@@ -5,7 +5,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use malla_testbed::Capture;
 
-use super::{scene::Scene, table::Table};
+use super::{
+    scene::Scene,
+    table::{Row, Table},
+};
 use crate::interrupt::{self, wait_for};
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -21,7 +24,7 @@ type Proof = fn(&mut Scene) -> Result<String>;
 
 /// Shows the claims one by one. Returns how many did not hold.
 pub(super) fn show(scene: &mut Scene) -> Result<usize> {
-    let claims: [(&str, Proof); 5] = [
+    let claims: [(&str, Proof); 7] = [
         (
             "The wire between the nodes carries TLS only",
             wire_is_encrypted,
@@ -31,7 +34,15 @@ pub(super) fn show(scene: &mut Scene) -> Result<usize> {
             control_is_plain,
         ),
         ("Each end knows the other's identity", identities_are_known),
+        (
+            "Both replicas behind the Service share its connections",
+            service_is_balanced,
+        ),
         ("A stranger is refused by a strict pod", stranger_is_refused),
+        (
+            "A probe of the node reaches the strict pod, and nothing else from there does",
+            only_the_probe_passes,
+        ),
         (
             "One emoji always fails, the others are counted",
             one_emoji_fails,
@@ -89,18 +100,22 @@ fn control_is_plain(scene: &mut Scene) -> Result<String> {
 fn identities_are_known(scene: &mut Scene) -> Result<String> {
     let named = |name: &str| format!("/ns/emojivoto/sa/{name}");
     let mut seen = String::new();
-    let services = ["emoji", "voting"];
-    wait_for("both identities of both connections", LIMIT, || {
+    let services = [
+        ("emoji", "emoji"),
+        ("voting-1", "voting"),
+        ("voting-2", "voting"),
+    ];
+    wait_for("both identities of each connection", LIMIT, || {
         let Ok(metrics) = scene.metrics() else {
             return false;
         };
         let table = Table::of(&metrics);
         seen = table.to_string();
-        services.iter().all(|service| {
-            table.row("web", service).is_some_and(|row| {
+        services.iter().all(|(pod, account)| {
+            table.row("web", pod).is_some_and(|row| {
                 row.is_encrypted
                     && row.client.ends_with(&named("web"))
-                    && row.server.ends_with(&named(service))
+                    && row.server.ends_with(&named(account))
             })
         })
     })
@@ -108,12 +123,52 @@ fn identities_are_known(scene: &mut Scene) -> Result<String> {
     Ok("web, emoji and voting, by their certificates".to_owned())
 }
 
+fn service_is_balanced(scene: &mut Scene) -> Result<String> {
+    let mut opened = [0.0; 2];
+    wait_for("ten connections to each replica", 2 * LIMIT, || {
+        let Ok(metrics) = scene.metrics() else {
+            return false;
+        };
+        let table = Table::of(&metrics);
+        opened = ["voting-1", "voting-2"].map(|pod| {
+            let row = table.row("web", pod).filter(|row| row.service == "voting");
+            row.map_or(0.0, Row::opened)
+        });
+        opened.iter().all(|opened| *opened >= 10.0)
+    })
+    .with_context(|| format!("{opened:?} connections"))?;
+    Ok(format!("{} and {} connections", opened[0], opened[1]))
+}
+
+fn only_the_probe_passes(scene: &mut Scene) -> Result<String> {
+    let strict = scene.voting_replica();
+    let node = &scene.a;
+    let probed = node.caller(strict.ip()).connect(strict);
+    probed.with_context(|| format!("the probe of {strict}"))?;
+    let question = scene.question(strict, "RESULTS");
+    let answered = node.command(
+        ["timeout", "2"]
+            .into_iter()
+            .map(str::to_owned)
+            .chain(question),
+    );
+    let answered = answered.output()?;
+    ensure!(
+        !answered.status.success(),
+        "the node was answered: {}",
+        answered.stdout
+    );
+    Ok(format!(
+        "{strict} accepts the node's connection and hears nothing on it"
+    ))
+}
+
 fn stranger_is_refused(scene: &mut Scene) -> Result<String> {
     // First that nothing else stands in the way: a permissive pod answers the stranger, and the
     // strict one answers a pod of the mesh.
     let permitted = scene.question(scene.emoji_service(), "LIST");
     scene.stranger.run(&permitted).context("a permissive pod")?;
-    let question = scene.question(scene.voting_service(), "RESULTS");
+    let question = scene.question(scene.voting_replica(), "RESULTS");
     scene.bot.run(&question).context("a pod of the mesh")?;
     let refused = scene.stranger.command(&question).output()?;
     ensure!(

@@ -11,6 +11,8 @@ const NAMESPACE: &str = "emojivoto";
 const WEB: u16 = 80;
 const EMOJI: u16 = 8081;
 const VOTING: u16 = 8082;
+/// The address of the Service of the voting pods.
+const VOTING_SERVICE: &str = "10.96.0.10";
 
 /// Everything that the demo has made. Dropping it removes it.
 #[derive(Debug)]
@@ -22,7 +24,8 @@ pub(super) struct Scene {
     pub(super) bot: Arc<Pod>,
     pub(super) web: Arc<Pod>,
     pub(super) emoji: Arc<Pod>,
-    pub(super) voting: Arc<Pod>,
+    /// Replicas behind one Service, on a node each.
+    pub(super) voting: [Arc<Pod>; 2],
     /// Not part of the mesh.
     pub(super) stranger: Arc<Pod>,
     pub(super) a: Arc<Node>,
@@ -39,8 +42,25 @@ impl Scene {
         let bot = bed.pod(&a, spec("vote-bot"))?;
         let web = bed.pod(&a, spec("web").port(WEB))?;
         let emoji = bed.pod(&b, spec("emoji").port(EMOJI))?;
-        let voting = spec("voting").port(VOTING).settings("mtls: strict");
-        let voting = bed.pod(&b, voting)?;
+        let replica = |name: &str| {
+            spec(name)
+                .account("voting")
+                .label("app", "voting")
+                .named_port("api", VOTING)
+                .probe("tcpSocket: {port: api}")
+                .settings("mtls: strict")
+        };
+        let voting = [
+            bed.pod(&a, replica("voting-1"))?,
+            bed.pod(&b, replica("voting-2"))?,
+        ];
+        let service = format!(
+            "namespace: {NAMESPACE}\n\
+             addresses: [{VOTING_SERVICE}]\n\
+             ports: [{{name: api, port: {VOTING}, targetPort: api}}]\n\
+             selector: {{app: voting}}"
+        );
+        bed.service("voting", service)?;
         let stranger = PodSpec::new("stranger").namespace("elsewhere").unmeshed();
         let stranger = bed.pod(&b, stranger)?;
         interrupt::check()?;
@@ -64,18 +84,17 @@ impl Scene {
     }
 
     fn startservices(&mut self) -> Result<()> {
-        let (emoji, voting) = (self.emoji_service(), self.voting_service());
+        let (emoji, voting) = (self.emoji_service(), Self::voting_service()?);
+        let replica = |pod| (pod, VOTING, vec!["voting".to_owned(), VOTING.to_string()]);
+        let [one, other] = &self.voting;
         let services = [
             (
                 &self.emoji,
                 EMOJI,
                 vec!["emoji".to_owned(), EMOJI.to_string()],
             ),
-            (
-                &self.voting,
-                VOTING,
-                vec!["voting".to_owned(), VOTING.to_string()],
-            ),
+            replica(one),
+            replica(other),
             // The stranger's is for the control: what the mesh hides must be found there.
             (
                 &self.stranger,
@@ -113,8 +132,14 @@ impl Scene {
         SocketAddr::new(self.emoji.v4().into(), EMOJI)
     }
 
-    pub(super) fn voting_service(&self) -> SocketAddr {
-        SocketAddr::new(self.voting.v4().into(), VOTING)
+    /// The address of the Service, which no pod has.
+    pub(super) fn voting_service() -> Result<SocketAddr> {
+        Ok(SocketAddr::new(VOTING_SERVICE.parse()?, VOTING))
+    }
+
+    /// The voting pod of the other node than the stranger's.
+    pub(super) fn voting_replica(&self) -> SocketAddr {
+        SocketAddr::new(self.voting[0].v4().into(), VOTING)
     }
 
     pub(super) fn strangers_service(&self) -> SocketAddr {

@@ -7,6 +7,8 @@ use malla_testbed::{Metrics, Sample};
 /// All connections from one pod to another.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Row {
+    /// The Service by whose address the client called; empty without one.
+    pub(super) service: String,
     /// The identity that the server's agent has seen.
     pub(super) client: String,
     /// The identity that the client's agent has seen.
@@ -66,6 +68,7 @@ impl Table {
         for (to, label) in [
             (&mut row.client, "client_id"),
             (&mut row.server, "server_id"),
+            (&mut row.service, "dst_service"),
         ] {
             if !sample.label(label).is_empty() {
                 sample.label(label).clone_into(to);
@@ -82,6 +85,11 @@ impl Table {
 }
 
 impl Row {
+    /// How many connections were opened.
+    pub(super) fn opened(&self) -> f64 {
+        self.counts().opened
+    }
+
     /// What the client's agent has counted, or the server's where the client has none.
     fn counts(&self) -> Counts {
         if self.outbound.opened > 0.0 {
@@ -104,7 +112,7 @@ impl Row {
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let heads = [
-            "FROM", "TO", "CLIENT", "SERVER", "TLS", "OPEN", "OPENED", "KIB",
+            "FROM", "TO", "SERVICE", "CLIENT", "SERVER", "TLS", "OPEN", "OPENED", "KIB",
         ];
         let mut lines = vec![heads.map(str::to_owned)];
         for ((from, to), row) in &self.0 {
@@ -112,6 +120,7 @@ impl fmt::Display for Table {
             lines.push([
                 from.clone(),
                 to.clone(),
+                or_dash(&row.service).to_owned(),
                 or_dash(&row.client).to_owned(),
                 or_dash(&row.server).to_owned(),
                 row.security(),

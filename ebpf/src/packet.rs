@@ -287,17 +287,29 @@ pub fn tuple(flow: &Flow) -> (bpf_sock_tuple, u32) {
 /// and TIME_WAIT sockets too.
 #[inline(always)]
 pub fn socket_receives(ctx: &TcContext, flow: &Flow) -> bool {
+    receiver(ctx, flow).is_some_and(|state| state != TCP_LISTEN)
+}
+
+/// Whether it is a listener that would receive `flow`.
+#[inline(always)]
+pub fn listener_receives(ctx: &TcContext, flow: &Flow) -> bool {
+    receiver(ctx, flow) == Some(TCP_LISTEN)
+}
+
+/// The state of the socket of this netns that would receive `flow`.
+#[inline(always)]
+fn receiver(ctx: &TcContext, flow: &Flow) -> Option<u32> {
     let (mut tuple, size) = tuple(flow);
     // SAFETY: the tuple is fully initialised for the size that is passed; a socket found is
     // referenced, read, and released once.
     unsafe {
         let socket = bpf_skc_lookup_tcp(ctx.skb.skb.cast(), &raw mut tuple, size, THIS_NETNS, 0);
         if socket.is_null() {
-            return false;
+            return None;
         }
         let state = (*socket).state;
         bpf_sk_release(socket.cast());
-        state != TCP_LISTEN
+        Some(state)
     }
 }
 

@@ -3,15 +3,12 @@
 //! They are known by where they come from, an address of the node, which alone proves nothing:
 //! others come from there too. So whatever the app meets by itself is no more than what was declared.
 
-use aya_ebpf::{
-    helpers::{bpf_sk_release, bpf_skc_lookup_tcp},
-    programs::TcContext,
-};
+use aya_ebpf::programs::TcContext;
 use malla_common::{Flow, PodEntry, RuleKind, pod_flags, probe_flags};
 
 use crate::{
     maps::{net_rule, port_rule},
-    packet::{TCP_LISTEN, THIS_NETNS, tuple},
+    packet::listener_receives,
 };
 
 /// What is probed on the port that `flow` goes to, as [`probe_flags`]. 0 where nothing is, and for
@@ -50,16 +47,5 @@ pub fn app_listens(ctx: &TcContext, flow: &Flow) -> bool {
         source_port: 0,
         destination_port: flow.destination_port,
     };
-    let (mut tuple, size) = tuple(&within);
-    // SAFETY: the tuple is fully initialised for the size that is passed; a socket found is
-    // referenced, read, and released once.
-    unsafe {
-        let socket = bpf_skc_lookup_tcp(ctx.skb.skb.cast(), &raw mut tuple, size, THIS_NETNS, 0);
-        if socket.is_null() {
-            return false;
-        }
-        let state = (*socket).state;
-        bpf_sk_release(socket.cast());
-        state == TCP_LISTEN
-    }
+    listener_receives(ctx, &within)
 }

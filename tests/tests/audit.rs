@@ -235,6 +235,24 @@ fn entries_that_are_changed_in_the_maps_are_put_right() {
     broken.meshed();
 }
 
+#[test]
+fn what_the_kernel_is_to_refuse_of_services_is_put_right() {
+    let mut broken = Broken::new();
+    let service = "addresses: [10.96.0.10]\nports: [{port: 80}]\nselector: {app: none}";
+    broken.scene.bed.service("none", service).unwrap();
+    let refused = || broken.client().caller().call(([10, 96, 0, 10], 80)) == Fate::Refused;
+    eventually("the Service to be refused", HEALED, refused).unwrap();
+    let key = "key hex 0 0 0 0 0 0 0 0 0 0 ff ff a 60 0 a 50 0 0 0";
+    broken.map(&format!("delete REFUSALS {key}"));
+    let another = "key hex 0 0 0 0 0 0 0 0 0 0 ff ff a 60 0 b 50 0 0 0";
+    broken.map(&format!("update REFUSALS {another} value hex 1 0 0 0"));
+    let agent = broken.scene.bed.agent(&broken.scene.a).process();
+    let told = "1 entries of Services were missing or other ones, 1 stood in their map";
+    agent.wait_for_log(told, HEALED).unwrap();
+    assert!(refused());
+    broken.meshed();
+}
+
 /// Shuts the sockets of a process down that listen above port 15000.
 fn close_listeners(node: &Node, process: i32) {
     const CLOSE: &str = "import ctypes, os, socket, sys\n\

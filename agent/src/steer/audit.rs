@@ -32,6 +32,8 @@ pub enum Kind {
     Entry,
     /// A rule of an opt-out or a probe.
     OptOut,
+    /// What the kernel is to refuse, of Services.
+    Refusal,
     /// An address of the netns that the agent hadn't heard of, or one of the workload's that isn't
     /// there.
     Address,
@@ -42,7 +44,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Program,
         Self::Pin,
         Self::Rule,
@@ -51,6 +53,7 @@ impl Kind {
         Self::Listener,
         Self::Entry,
         Self::OptOut,
+        Self::Refusal,
         Self::Address,
         Self::Netns,
         Self::Agent,
@@ -67,6 +70,7 @@ impl Kind {
             Self::Listener => "listener",
             Self::Entry => "entry",
             Self::OptOut => "opt_out",
+            Self::Refusal => "refusal",
             Self::Address => "address",
             Self::Netns => "netns",
             Self::Agent => "agent",
@@ -130,6 +134,8 @@ impl Steering {
             }
             _ => {}
         }
+        drop(programs);
+        found.extend(self.audit_refusals());
         found
     }
 

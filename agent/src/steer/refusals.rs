@@ -6,12 +6,17 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use malla_common::{Destination, Reason};
 
-use super::{Steering, lock, programs::Maps};
+use super::{
+    Steering,
+    audit::{Difference, Kind},
+    lock,
+    programs::Maps,
+};
 use crate::model::{Mesh, Service};
 
 /// What the map has, which only this agent or one with the same mesh writes.
@@ -21,11 +26,55 @@ pub(super) struct Refusals(Mutex<HashMap<Destination, u32>>);
 impl Refusals {
     /// What an earlier agent left there.
     pub(super) fn inherited(maps: &Maps) -> Self {
-        Self(Mutex::new(maps.refusals.iter().flatten().collect()))
+        Self(Mutex::new(held(maps)))
+    }
+
+    fn present(&self) -> MutexGuard<'_, HashMap<Destination, u32>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
+fn held(maps: &Maps) -> HashMap<Destination, u32> {
+    maps.refusals.iter().flatten().collect()
+}
+
 impl Steering {
+    /// Compares the map with what was put there.
+    pub(super) fn audit_refusals(&self) -> Option<Difference> {
+        let present = self.refusals.present();
+        let mut programs = lock(&self.programs);
+        let maps = programs.maps();
+        let held = held(maps);
+        if held == *present {
+            return None;
+        }
+        let strange = held.keys().filter(|key| !present.contains_key(key));
+        let (strange, missing): (Vec<_>, Vec<_>) = (
+            strange.collect(),
+            present
+                .iter()
+                .filter(|(key, reason)| held.get(key) != Some(reason))
+                .collect(),
+        );
+        let what = format!(
+            "{} entries of Services were missing or other ones, {} stood in their map",
+            missing.len(),
+            strange.len()
+        );
+        let removed = strange
+            .into_iter()
+            .try_for_each(|key| maps.refusals.remove(key));
+        let written = missing
+            .into_iter()
+            .try_for_each(|(key, reason)| maps.refusals.insert(key, reason, 0));
+        Some(Difference::new(
+            None,
+            Kind::Refusal,
+            what,
+            removed.and(written),
+        ))
+    }
+
     /// Puts what the mesh's Services refuse in force, touching only what differs.
     pub fn refuse_for(&self, mesh: &Mesh) {
         let wanted: HashMap<Destination, u32> = mesh
@@ -34,11 +83,7 @@ impl Steering {
             .flat_map(|service| entries(service))
             .map(|(destination, reason)| (destination, reason as u32))
             .collect();
-        let mut present = self
-            .refusals
-            .0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut present = self.refusals.present();
         let mut programs = lock(&self.programs);
         let map = &mut programs.maps().refusals;
         // Those without a place any more come first: the map has an end.

@@ -5,7 +5,9 @@
 
 use std::{fs, path::PathBuf, time::Duration};
 
-use malla_testbed::{Capture, Fate, Node, PORT, Pod, SECRET, Scene, eventually, say};
+use malla_testbed::{
+    Capture, Fate, Node, PORT, Pod, PodSpec, SECRET, Scene, Testbed, eventually, say,
+};
 
 /// Five times the interval of the audit.
 const HEALED: Duration = Duration::from_secs(25);
@@ -122,6 +124,36 @@ fn rules_routes_and_a_sysctl_that_are_taken_away_come_back() {
     broken.heals("loopback", HEALED, || {
         broken.run("sysctl -w net.ipv4.conf.lo.accept_local=0");
     });
+}
+
+/// One interface's route once took the place of the other's, and the audit put them back in turn.
+#[test]
+fn each_of_two_interfaces_has_its_route_and_nothing_is_mended() {
+    let mut bed = Testbed::new("interfaces").unwrap();
+    let node = bed.node("a").unwrap();
+    let pod = PodSpec::new("two").second_interface();
+    let pod = bed.pod(&node, pod).unwrap();
+    bed.start_agents().unwrap();
+    let routes = || {
+        let list = ["ip", "-6", "route", "show", "table", "133"];
+        pod.run(list).unwrap().stdout
+    };
+    eventually("a link-local route of each interface", HEALED, || {
+        let routes = routes();
+        let of = |name: &str| {
+            let mut lines = routes.lines();
+            lines.any(|line| line.contains("fe80::/10") && line.contains(&format!("dev {name} ")))
+        };
+        of("eth0") && of("eth1")
+    })
+    .unwrap_or_else(|error| panic!("{error}:\n{}", routes()));
+    let audited = || {
+        let audit = node.config().unwrap()["audit"].clone();
+        (audit["lastWhole"].to_string(), audit["recent"].to_string())
+    };
+    let (first, _) = audited();
+    eventually("another audit", HEALED, || audited().0 != first).unwrap();
+    assert!(!audited().1.contains("link-local"), "{}", audited().1);
 }
 
 #[test]

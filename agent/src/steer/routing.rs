@@ -49,11 +49,13 @@ impl Network {
     }
 
     /// Delivers steered packets to link-local addresses, which the kernel takes only on their own
-    /// interface.
+    /// interface. Each interface's route has a metric of its own: one that replaces whatever is there
+    /// with the same prefix and metric would else take the place of another interface's.
     pub async fn route_link_local(&self, interface: &Interface) -> Result<(), NetworkError> {
         let route = RouteMessageBuilder::<Ipv6Addr>::new()
             .destination_prefix(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10)
             .output_interface(interface.index)
+            .priority(interface.index)
             .table_id(STEER_TABLE)
             .protocol(RouteProtocol::Static)
             .scope(RouteScope::Host)

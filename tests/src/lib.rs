@@ -76,7 +76,7 @@ pub use link::Link;
 pub use metrics::{Metrics, Sample};
 pub use netns::Netns;
 pub use node::Node;
-pub use pair::{PATIENCE, Pair, Way, accept, dial_from, listen};
+pub use pair::{PATIENCE, Pair, SERVICE_PORT, Way, accept, dial_from, listen};
 pub use pod::Pod;
 pub use process::{Command, Output, Process, binary};
 pub use raw::RawSender;

@@ -28,6 +28,12 @@ use crate::{
 /// How long an end of a [`Pair::connection`] waits for a byte, or for room for one.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
+/// The port of the Service in front of the server, on both.
+pub const SERVICE_PORT: u16 = 7000;
+
+/// The Service's addresses.
+const SERVICE: [&str; 2] = ["10.96.0.1", "fd96::1"];
+
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 4096;
 
@@ -47,6 +53,8 @@ pub enum Way {
     RandomPorts,
     /// Through both agents, from ports drawn at random, over a wire that loses, delays, reorders.
     LossyWire,
+    /// Through both agents, by the address of a Service, which has [`SERVICE_PORT`] alone.
+    ToService,
     /// From a meshed client to an unmeshed server: plain TCP beyond the client's agent.
     ToUnmeshed,
     /// From an unmeshed client to a meshed server that is permissive.
@@ -67,7 +75,7 @@ enum Ports {
 impl Way {
     fn ports(self) -> Ports {
         match self {
-            Self::Mesh | Self::Direct => Ports::Kernel,
+            Self::Mesh | Self::ToService | Self::Direct => Ports::Kernel,
             Self::FromUnmeshed => Ports::RandomBesideDialled,
             Self::RandomPorts | Self::LossyWire | Self::ToUnmeshed => Ports::Random,
         }
@@ -122,6 +130,12 @@ pub struct Pair {
     pub bed: Testbed,
 }
 
+/// The first address of a family.
+fn of(addresses: &[IpAddr], v4: bool) -> Option<IpAddr> {
+    let mut addresses = addresses.iter();
+    addresses.find(|ip| ip.is_ipv4() == v4).copied()
+}
+
 impl Pair {
     /// Dual-stack pods named `client` and `server`.
     pub fn new(way: Way) -> Result<Self> {
@@ -145,7 +159,19 @@ impl Pair {
             Way::ToUnmeshed | Way::Direct => server.unmeshed(),
             _ => server,
         };
+        let server = match way {
+            Way::ToService => server.label("app", "server"),
+            _ => server,
+        };
         let (client, server) = (bed.pod(&a, client)?, bed.pod(&b, server)?);
+        if way == Way::ToService {
+            let [v4, v6] = SERVICE;
+            let service = format!(
+                "addresses: [{v4}, \"{v6}\"]\nports: [{{port: {SERVICE_PORT}}}]\n\
+                 selector: {{app: server}}"
+            );
+            bed.service("server", service)?;
+        }
         bed.start_agents()?;
         let descriptors = [
             bed.agent(&a).open_descriptors()?,
@@ -166,14 +192,17 @@ impl Pair {
         [self.bed.agent(&self.a), self.bed.agent(&self.b)]
     }
 
-    /// The server's first address of each family that both pods have, with `port`.
+    /// The server's first address of each family that both pods have, with `port`; that of its
+    /// Service where it is called by that.
     pub fn addresses(&self, port: u16) -> Vec<SocketAddr> {
+        let service = SERVICE.map(|ip| ip.parse().expect("a Service has an address"));
         let families = [true, false].map(|v4| {
-            let of_family = |pod: &Pod| {
-                let mut addresses = pod.addresses().iter();
-                addresses.find(|a| a.is_ipv4() == v4).copied()
-            };
-            of_family(&self.client).and(of_family(&self.server))
+            let of_family = |pod: &Pod| of(pod.addresses(), v4);
+            let server = of_family(&self.client).and(of_family(&self.server));
+            match self.way {
+                Way::ToService => server.and(of(&service, v4)),
+                _ => server,
+            }
         });
         let found = families.into_iter().flatten();
         found.map(|ip| SocketAddr::new(ip, port)).collect()

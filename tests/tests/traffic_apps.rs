@@ -11,13 +11,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use malla_testbed::{PATIENCE, Pair, Process, Way, accept, listen, on_each_way, payload};
+use malla_testbed::{
+    PATIENCE, Pair, Process, SERVICE_PORT, Way, accept, listen, on_each_way, payload,
+};
 use nix::unistd::User;
 
-const PORT: u16 = 7000;
+const PORT: u16 = SERVICE_PORT;
 
 on_each_way!(
-    [Mesh, RandomPorts, LossyWire, ToUnmeshed, FromUnmeshed]
+    [Mesh, RandomPorts, LossyWire, ToService, ToUnmeshed, FromUnmeshed]
     curl_gets_each_page_of_nginx_whole_and_on_one_connection,
     iperf3_runs_both_ways_with_several_streams,
     psql_reads_what_it_wrote_to_postgresql,

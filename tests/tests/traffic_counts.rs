@@ -40,7 +40,9 @@ fn reporters(pair: &Pair) -> Vec<Reporter<'_>> {
         Way::ToUnmeshed => vec![outbound],
         Way::FromUnmeshed => vec![inbound],
         Way::Direct => vec![],
-        Way::Mesh | Way::RandomPorts | Way::LossyWire => vec![outbound, inbound],
+        Way::Mesh | Way::RandomPorts | Way::LossyWire | Way::ToService => {
+            vec![outbound, inbound]
+        }
     }
 }
 

@@ -36,6 +36,8 @@ pub(crate) fn run(once: bool) -> Result<()> {
     let mut scene = Scene::set_up()?;
     let failed = proof::show(&mut scene)?;
     scene.print_guide();
+    println!("\nWhy the stranger was refused, as malla explain answers:\n");
+    print!("{}", scene.explain_stranger()?);
     show_table(&scene, once)?;
     println!("Removing everything.");
     drop(scene);

@@ -184,6 +184,16 @@ impl Scene {
         Ok([a?, b?])
     }
 
+    /// What `malla explain` answers for the stranger's connection to a strict pod.
+    pub(super) fn explain_stranger(&self) -> Result<String> {
+        let (malla, mesh) = (binary("malla")?, self.bed.mesh_path());
+        let to = format!("voting-1:{VOTING}");
+        let command = [malla.as_os_str(), "explain".as_ref(), "stranger".as_ref()];
+        let options = [to.as_ref(), "--config".as_ref(), mesh.as_os_str()];
+        let said = self.a.run([command, options].concat())?;
+        Ok(said.stdout)
+    }
+
     /// Says where one may look.
     pub(super) fn print_guide(&self) {
         let inside = |node: &Node| format!("nsenter --net={}", node.netns().path().display());

@@ -1,6 +1,9 @@
 //! Who talks to whom, as the agents' metrics tell it.
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use malla_testbed::{Metrics, Sample};
 
@@ -16,6 +19,8 @@ pub(super) struct Row {
     pub(super) is_encrypted: bool,
     /// Why it isn't, in the metrics' word.
     plain_reason: String,
+    /// Why connections didn't end in good order, in the metrics' words.
+    failures: BTreeSet<String>,
     outbound: Counts,
     inbound: Counts,
 }
@@ -52,14 +57,18 @@ impl Table {
             // The other leg is the one between the agent and its pod's app.
             _ => return,
         };
+        let ends = ["src_pod", "dst_pod"].map(|label| sample.label(label).to_owned());
+        let row = self.0.entry(ends.into()).or_default();
+        let reason = sample.label("reason");
+        if !reason.is_empty() && sample.value > 0.0 {
+            row.failures.insert(reason.to_owned());
+        }
         let counter: fn(&mut Counts) -> &mut f64 = match sample.name.as_str() {
             "tcp_open_total" => |counts| &mut counts.opened,
             "tcp_open_connections" => |counts| &mut counts.open,
             "tcp_read_bytes_total" | "tcp_write_bytes_total" => |counts| &mut counts.bytes,
             _ => return,
         };
-        let ends = ["src_pod", "dst_pod"].map(|label| sample.label(label).to_owned());
-        let row = self.0.entry(ends.into()).or_default();
         if outbound {
             *counter(&mut row.outbound) += sample.value;
         } else {
@@ -99,6 +108,10 @@ impl Row {
         }
     }
 
+    fn failures(&self) -> Vec<&str> {
+        self.failures.iter().map(String::as_str).collect()
+    }
+
     fn security(&self) -> String {
         match (self.is_encrypted, self.plain_reason.as_str()) {
             (true, "") => "mutual TLS".to_owned(),
@@ -112,7 +125,7 @@ impl Row {
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let heads = [
-            "FROM", "TO", "SERVICE", "CLIENT", "SERVER", "TLS", "OPEN", "OPENED", "KIB",
+            "FROM", "TO", "SERVICE", "CLIENT", "SERVER", "TLS", "OPEN", "OPENED", "KIB", "FAILED",
         ];
         let mut lines = vec![heads.map(str::to_owned)];
         for ((from, to), row) in &self.0 {
@@ -127,6 +140,7 @@ impl fmt::Display for Table {
                 counts.open.to_string(),
                 counts.opened.to_string(),
                 format!("{:.1}", counts.bytes / 1024.0),
+                or_dash(&row.failures().join(" ")).to_owned(),
             ]);
         }
         let longest = |column: usize| lines.iter().map(|line| line[column].len()).max();
@@ -154,6 +168,8 @@ mod tests {
         let [a, b] = [
             format!(
                 "tcp_open_total{{direction=\"outbound\",peer=\"dst\",tls=\"true\",{ends},server_id=\"v\"}} 3\n\
+                 tcp_close_total{{direction=\"outbound\",peer=\"dst\",tls=\"true\",{ends},reason=\"server_reset\"}} 1\n\
+                 tcp_close_total{{direction=\"outbound\",peer=\"dst\",tls=\"true\",{ends},reason=\"\"}} 2\n\
                  tcp_open_total{{direction=\"outbound\",peer=\"src\",tls=\"no_identity\",{ends}}} 3\n\
                  tcp_read_bytes_total{{direction=\"outbound\",peer=\"dst\",tls=\"true\",{ends}}} 2048\n"
             ),
@@ -167,7 +183,10 @@ mod tests {
         assert!(row.is_encrypted);
         assert_eq!(row.security(), "mutual TLS");
         let text = table.to_string();
-        assert!(text.ends_with("mutual TLS  0     3       2.0\n"), "{text}");
+        assert!(
+            text.ends_with("mutual TLS  0     3       2.0  server_reset\n"),
+            "{text}"
+        );
         assert!(table.row("voting", "web").is_none());
     }
 }

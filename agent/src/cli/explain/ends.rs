@@ -7,12 +7,13 @@ use std::{
 
 use anyhow::{Context, bail};
 
-use crate::model::{Mesh, Workload};
+use crate::model::{Mesh, Service, Workload};
 
-/// One end: a pod of the mesh file, or an address that it doesn't know.
+/// One end: a pod or a Service of the mesh file, or an address that it doesn't know.
 #[derive(Debug, Clone)]
 pub(super) struct End {
     pub(super) workload: Option<Arc<Workload>>,
+    service: Option<Arc<Service>>,
     /// All of them; never empty.
     pub(super) addresses: Vec<IpAddr>,
 }
@@ -24,6 +25,7 @@ impl End {
             let address = address.to_canonical();
             return Ok(Self {
                 workload: mesh.workload_at(address).cloned(),
+                service: mesh.service_at(address).cloned(),
                 addresses: vec![address],
             });
         }
@@ -41,6 +43,7 @@ impl End {
             }
             [workload] => Ok(Self {
                 workload: Some(Arc::clone(workload)),
+                service: None,
                 addresses: workload.addresses.clone(),
             }),
             [] => bail!(
@@ -57,7 +60,35 @@ impl End {
         }
     }
 
-    /// [`Self::parse`] with a port after the last colon.
+    /// A Service that clients call by its own address: from `NAME`, `NAMESPACE/NAME` or its name in
+    /// the cluster's DNS. None where none is named so.
+    fn service(mesh: &Mesh, text: &str) -> anyhow::Result<Option<Self>> {
+        let fits = |service: &&Arc<Service>| match text.split_once('/') {
+            Some((namespace, name)) => service.id.namespace == namespace && service.id.name == name,
+            None => service.id.name == text || service.host == text,
+        };
+        let services = mesh.services.values().filter(fits);
+        let mut fitting: Vec<_> = services.filter(|s| !s.addresses.is_empty()).collect();
+        fitting.sort_unstable_by(|a, b| a.id.cmp(&b.id));
+        match &fitting[..] {
+            [] => Ok(None),
+            [service] => Ok(Some(Self {
+                workload: None,
+                service: Some(Arc::clone(service)),
+                addresses: service.addresses.clone(),
+            })),
+            several => {
+                let ids: Vec<String> = several.iter().map(|s| s.id.to_string()).collect();
+                bail!(
+                    "several Services are named `{text}`: say which of {}",
+                    ids.join(", ")
+                )
+            }
+        }
+    }
+
+    /// A destination, with a port after the last colon. A name is a Service's first, as in the
+    /// cluster's DNS, then a pod's.
     pub(super) fn parse_with_port(mesh: &Mesh, text: &str) -> anyhow::Result<(Self, u16)> {
         let split = text.rsplit_once(':');
         let (host, port) = split
@@ -68,15 +99,30 @@ impl End {
         let Ok(port @ 1..) = port.parse() else {
             bail!("`{port}` in `{text}` isn't a port, 1 to 65535");
         };
-        Ok((Self::parse(mesh, host)?, port))
+        let end = match Self::service(mesh, host)? {
+            Some(service) => service,
+            None => Self::parse(mesh, host)?,
+        };
+        Ok((end, port))
     }
 
     /// How this end is called in output.
     pub(super) fn name(&self) -> String {
-        self.workload.as_ref().map_or_else(
-            || self.addresses[0].to_string(),
-            |workload| workload.id.to_string(),
-        )
+        match (&self.workload, &self.service) {
+            (Some(workload), _) => workload.id.to_string(),
+            (None, Some(service)) => service.id.to_string(),
+            (None, None) => self.addresses[0].to_string(),
+        }
+    }
+
+    /// Whether a connection to this end's `port` is one to `place`: of a Service, to an endpoint too.
+    pub(super) fn is_at(&self, place: SocketAddr, port: u16) -> bool {
+        let own = place.port() == port && self.addresses.contains(&place.ip());
+        let service = self.service.as_ref().and_then(|service| service.port(port));
+        own || service.is_some_and(|port| {
+            let mut targets = port.targets(place.is_ipv4()).iter();
+            targets.any(|target| target.address == place)
+        })
     }
 }
 
@@ -106,7 +152,10 @@ mod tests {
         let text = "nodes: []\nworkloads:\n\
             - {name: web, namespace: a, addresses: [10.1.0.2, 'fd01::2']}\n\
             - {name: web, namespace: b, addresses: [10.1.0.3]}\n\
-            - {name: db, namespace: a, addresses: ['fd01::9', 10.1.0.9]}\n";
+            - {name: db, namespace: a, addresses: ['fd01::9', 10.1.0.9]}\n\
+            services:\n\
+            - name: web\n  namespace: a\n  addresses: [10.96.0.1]\n  ports: [{port: 80, targetPort: 8080}]\n  \
+            endpoints: [{addresses: [10.1.0.2]}]\n";
         file::check(Path::new("mesh.yaml"), text).unwrap()
     }
 
@@ -133,6 +182,26 @@ mod tests {
         for text in ["db", ":80", "db:0", "db:http", "db:99999"] {
             assert!(parse(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_destinations_name_is_a_services_first_and_leads_to_its_endpoints() {
+        let mesh = mesh();
+        for text in [
+            "web:80",
+            "a/web:80",
+            "web.a.svc.cluster.local:80",
+            "10.96.0.1:80",
+        ] {
+            let (web, port) = End::parse_with_port(&mesh, text).unwrap();
+            assert_eq!(web.name(), "a/web", "{text}");
+            let is_at = |place: &str| web.is_at(place.parse().unwrap(), port);
+            assert!(is_at("10.96.0.1:80") && is_at("10.1.0.2:8080"), "{text}");
+            assert!(!is_at("10.1.0.2:80") && !is_at("10.96.0.1:8080"), "{text}");
+        }
+        let (pod, port) = End::parse_with_port(&mesh, "b/web:80").unwrap();
+        assert_eq!(pod.name(), "b/web");
+        assert!(pod.is_at("10.1.0.3:80".parse().unwrap(), port));
     }
 
     #[test]

@@ -36,7 +36,8 @@ pub(super) struct Arguments {
     /// Who connects: a pod's NAME or NAMESPACE/NAME, or an address.
     #[arg(value_name = "SRC")]
     source: String,
-    /// To whom, and to which port: such as voting:8080, emojivoto/voting:8080 or 10.1.0.2:80.
+    /// To whom, and to which port: a Service's or pod's name or an address, such as voting:8080,
+    /// emojivoto/voting:8080 or 10.1.0.2:80.
     #[arg(value_name = "DST:PORT")]
     destination: String,
     #[command(flatten)]

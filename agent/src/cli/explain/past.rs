@@ -81,13 +81,10 @@ pub(super) fn of_pair(
         }
     }
     for ended in &config.ended {
-        let is_of = |address: &Option<IpAddr>, end: &End| {
-            address.is_some_and(|address| end.addresses.contains(&address))
-        };
-        let to: Option<SocketAddr> = ended.destination.parse().ok();
-        if !is_of(&ended.source.parse().ok(), source)
-            || !is_of(&to.map(|to| to.ip()), destination)
-            || to.is_none_or(|to| to.port() != port)
+        let from = ended.source.parse::<IpAddr>();
+        let to = ended.destination.parse::<SocketAddr>();
+        if !from.is_ok_and(|from| source.addresses.contains(&from))
+            || !to.is_ok_and(|to| destination.is_at(to, port))
         {
             continue;
         }

@@ -13,6 +13,8 @@ mod pods;
 mod proxy;
 mod reconcile;
 mod report;
+#[cfg(test)]
+mod scratch;
 mod steer;
 mod telemetry;
 

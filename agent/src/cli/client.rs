@@ -204,42 +204,26 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
+    use crate::scratch::ScratchFolder;
 
-    struct Scratch(PathBuf);
-
-    impl Scratch {
-        fn new(name: &str) -> Self {
-            let path = std::env::temp_dir().join(format!("malla-{name}-{}", std::process::id()));
-            let _ = fs::remove_dir_all(&path);
-            fs::create_dir(&path).unwrap();
-            Self(path)
-        }
-
-        fn node(&self, name: &str) -> PathBuf {
-            let folder = self.0.join(name);
-            fs::create_dir(&folder).unwrap();
-            folder.join(SOCKET_NAME)
-        }
-    }
-
-    impl Drop for Scratch {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
-        }
+    fn node(below: &ScratchFolder, name: &str) -> PathBuf {
+        let folder = below.path().join(name);
+        fs::create_dir(&folder).unwrap();
+        folder.join(SOCKET_NAME)
     }
 
     #[test]
     fn the_only_socket_is_found_and_several_are_named() {
-        let scratch = Scratch::new("cli-sockets");
-        let none = only_one_below(&scratch.0).unwrap_err().to_string();
+        let scratch = ScratchFolder::new();
+        let none = only_one_below(scratch.path()).unwrap_err().to_string();
         assert!(none.contains("--socket"), "{none}");
-        fs::write(scratch.node("no-socket"), "").unwrap();
-        let a = scratch.node("a");
+        fs::write(node(&scratch, "no-socket"), "").unwrap();
+        let a = node(&scratch, "a");
         let _listener = UnixListener::bind(&a).unwrap();
-        assert_eq!(only_one_below(&scratch.0).unwrap(), a);
-        let b = scratch.node("b");
+        assert_eq!(only_one_below(scratch.path()).unwrap(), a);
+        let b = node(&scratch, "b");
         let _other = UnixListener::bind(&b).unwrap();
-        let several = only_one_below(&scratch.0).unwrap_err().to_string();
+        let several = only_one_below(scratch.path()).unwrap_err().to_string();
         for socket in [a, b] {
             assert!(several.contains(&socket.display().to_string()), "{several}");
         }
@@ -247,8 +231,8 @@ mod tests {
 
     #[test]
     fn the_mesh_file_says_where_a_nodes_socket_is() {
-        let scratch = Scratch::new("cli-nodes");
-        let config = scratch.0.join("mesh.yaml");
+        let scratch = ScratchFolder::new();
+        let config = scratch.path().join("mesh.yaml");
         let node = |name: &str, more: &str| {
             format!("- {{name: {name}, addresses: [10.0.0.1], cgroup: /c, bpffs: /b{more}}}\n")
         };

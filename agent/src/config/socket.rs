@@ -125,28 +125,12 @@ mod tests {
     };
 
     use super::*;
-
-    struct Scratch(PathBuf);
-
-    impl Scratch {
-        fn new(name: &str) -> Self {
-            let path = std::env::temp_dir().join(format!("malla-{name}-{}", std::process::id()));
-            let _ = fs::remove_dir_all(&path);
-            fs::create_dir(&path).unwrap();
-            Self(path)
-        }
-    }
-
-    impl Drop for Scratch {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
-        }
-    }
+    use crate::scratch::ScratchFolder;
 
     #[test]
     fn only_its_owner_may_connect() {
-        let scratch = Scratch::new("socket-mode");
-        let path = scratch.0.join("a/node");
+        let scratch = ScratchFolder::new();
+        let path = scratch.path().join("a/node");
         let folder = Folder::open(&path).unwrap();
         let _listener = folder.listen().unwrap();
         let mode = |path: &Path| fs::symlink_metadata(path).unwrap().mode() & 0o7777;
@@ -157,14 +141,14 @@ mod tests {
 
     #[test]
     fn the_next_one_takes_the_place_of_a_living_and_of_a_dead_one() {
-        let scratch = Scratch::new("socket-next");
-        let first = Folder::open(&scratch.0).unwrap().listen().unwrap();
-        let second = Folder::open(&scratch.0).unwrap();
+        let scratch = ScratchFolder::new();
+        let first = Folder::open(scratch.path()).unwrap().listen().unwrap();
+        let second = Folder::open(scratch.path()).unwrap();
         drop(second.listen().unwrap());
         let path = second.socket_path();
         let refused = UnixStream::connect(path).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
-        let third = Folder::open(&scratch.0).unwrap().listen().unwrap();
+        let third = Folder::open(scratch.path()).unwrap().listen().unwrap();
         let _client = UnixStream::connect(path).unwrap();
         assert!(third.accept().is_ok());
         assert!(first.accept().is_err(), "nothing comes to it any more");
@@ -172,13 +156,13 @@ mod tests {
 
     #[test]
     fn a_link_is_followed_neither_in_place_of_the_folder_nor_of_the_socket() {
-        let scratch = Scratch::new("socket-link");
-        let (target, link) = (scratch.0.join("target"), scratch.0.join("link"));
+        let scratch = ScratchFolder::new();
+        let (target, link) = (scratch.path().join("target"), scratch.path().join("link"));
         fs::create_dir(&target).unwrap();
         symlink(&target, &link).unwrap();
         assert!(matches!(Folder::open(&link), Err(FolderError::Open { .. })));
 
-        let precious = scratch.0.join("precious");
+        let precious = scratch.path().join("precious");
         fs::write(&precious, "kept").unwrap();
         symlink(&precious, target.join(NAME)).unwrap();
         let folder = Folder::open(&target).unwrap();

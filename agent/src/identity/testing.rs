@@ -2,10 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::Arc,
 };
 
 use arc_swap::ArcSwapOption;
@@ -32,6 +29,7 @@ use crate::model::SpiffeId;
 
 mod volume;
 
+pub(super) use crate::scratch::ScratchFolder;
 pub(super) use volume::Volume;
 
 /// The identity of service account `name` in the tests' trust domain.
@@ -41,29 +39,10 @@ pub(super) fn identity(name: &str) -> SpiffeId {
         .unwrap()
 }
 
-/// A folder that is removed at the end of the test.
-#[derive(Debug)]
-pub(super) struct ScratchFolder(PathBuf);
-
 impl ScratchFolder {
-    pub(super) fn new() -> Self {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("malla-identity-{}-{count}", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        std::fs::create_dir(&path).unwrap();
-        Self(path)
-    }
-
-    /// A path below it that doesn't exist yet.
+    /// The authority's folder, which doesn't exist yet.
     pub(super) fn authority(&self) -> PathBuf {
-        self.0.join("identity")
-    }
-}
-
-impl Drop for ScratchFolder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
+        self.path().join("identity")
     }
 }
 

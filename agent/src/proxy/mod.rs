@@ -29,6 +29,7 @@ mod tunnels;
 mod turns;
 mod witness;
 mod worker;
+mod workers;
 
 use std::net::SocketAddr;
 
@@ -36,7 +37,7 @@ pub use balance::Balance;
 pub use ended::Ended;
 pub use pod::PodConnections;
 pub use tunnels::Tunnel;
-pub use worker::{Shared, Workers};
+pub use workers::{Shared, Workers};
 
 /// The address in the form that discovery has: a socket for both families gives IPv4 ones mapped.
 fn canonical(address: SocketAddr) -> SocketAddr {

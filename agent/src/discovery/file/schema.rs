@@ -5,10 +5,14 @@
 //! [`super::check()`], so addresses, durations and port ranges stay text here: that way a bad one is
 //! reported beside all other mistakes instead of ending the parse.
 
-use std::{borrow::Cow, collections::BTreeMap, fmt, net::IpAddr, path::PathBuf};
+mod values;
 
-use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
-use serde::{Deserialize, Deserializer, de};
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+pub(super) use values::{At, DurationText, PortText, PortsText};
 
 use crate::model::{
     EgressMode, FailMode, InterfaceMode, MtlsMode, NestedMode, TrafficDistribution,
@@ -18,41 +22,6 @@ use crate::model::{
 pub fn json_schema() -> String {
     let schema = schemars::schema_for!(MeshFile);
     format!("{:#}\n", schema.as_value())
-}
-
-/// A value and the line that it stands on (of an alias: where the alias is used).
-#[derive(Debug)]
-pub(super) struct At<T> {
-    pub(super) value: T,
-    pub(super) line: u64,
-}
-
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for At<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let spanned = serde_saphyr::Spanned::<T>::deserialize(deserializer)?;
-        Ok(Self {
-            line: spanned.referenced.line(),
-            value: spanned.value,
-        })
-    }
-}
-
-impl<T: JsonSchema> JsonSchema for At<T> {
-    fn inline_schema() -> bool {
-        T::inline_schema()
-    }
-
-    fn schema_name() -> Cow<'static, str> {
-        T::schema_name()
-    }
-
-    fn schema_id() -> Cow<'static, str> {
-        T::schema_id()
-    }
-
-    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
-        T::json_schema(generator)
-    }
 }
 
 /// A malla mesh: its nodes, its workloads and their settings.
@@ -364,109 +333,6 @@ pub(super) struct PortMtls {
     pub(super) ports: At<PortsText>,
     /// What clients without identity meet there.
     pub(super) mode: MtlsMode,
-}
-
-/// A duration as the file writes it.
-#[derive(Debug, Deserialize)]
-#[serde(transparent)]
-pub(super) struct DurationText(pub(super) String);
-
-impl JsonSchema for DurationText {
-    fn schema_name() -> Cow<'static, str> {
-        "Duration".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({
-            "type": "string",
-            "description": "A duration with its unit, longer than zero.",
-            "examples": ["500ms", "5s", "1h 30m", "24h"],
-        })
-    }
-}
-
-/// A port or a range of ports as the file writes it: a number, or text such as `3000-3010`.
-#[derive(Debug)]
-pub(super) struct PortsText(pub(super) String);
-
-impl JsonSchema for PortsText {
-    fn schema_name() -> Cow<'static, str> {
-        "Ports".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({
-            "description": "A TCP port, or an inclusive range of them.",
-            "anyOf": [
-                {"type": "integer", "minimum": 1, "maximum": 65535},
-                {"type": "string", "pattern": "^[0-9]{1,5}(-[0-9]{1,5})?$"},
-            ],
-            "examples": [4567, "3000-3010"],
-        })
-    }
-}
-
-impl<'de> Deserialize<'de> for PortsText {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        number_or_text(deserializer, "a port or a range of ports").map(Self)
-    }
-}
-
-/// A port as the file refers to it: its number, or the name that the workload declares it under.
-#[derive(Debug)]
-pub(super) struct PortText(pub(super) String);
-
-impl JsonSchema for PortText {
-    fn schema_name() -> Cow<'static, str> {
-        "Port".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({
-            "description": "A TCP port, or the name of one that the workload declares.",
-            "anyOf": [
-                {"type": "integer", "minimum": 1, "maximum": 65535},
-                {"type": "string"},
-            ],
-            "examples": [8080, "http"],
-        })
-    }
-}
-
-impl<'de> Deserialize<'de> for PortText {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        number_or_text(deserializer, "a port or the name of one").map(Self)
-    }
-}
-
-/// Reads either as text.
-fn number_or_text<'de, D: Deserializer<'de>>(
-    deserializer: D,
-    expected: &'static str,
-) -> Result<String, D::Error> {
-    struct Visitor(&'static str);
-
-    impl de::Visitor<'_> for Visitor {
-        type Value = String;
-
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str(self.0)
-        }
-
-        fn visit_u64<E: de::Error>(self, number: u64) -> Result<String, E> {
-            Ok(number.to_string())
-        }
-
-        fn visit_i64<E: de::Error>(self, number: i64) -> Result<String, E> {
-            Ok(number.to_string())
-        }
-
-        fn visit_str<E: de::Error>(self, text: &str) -> Result<String, E> {
-            Ok(text.to_owned())
-        }
-    }
-
-    deserializer.deserialize_any(Visitor(expected))
 }
 
 #[cfg(test)]

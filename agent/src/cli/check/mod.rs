@@ -79,11 +79,7 @@ impl Check {
         reason: impl Into<String>,
         fix: impl Into<String>,
     ) -> Self {
-        let (reason, fix) = (reason.into(), fix.into());
-        Self {
-            description: description.into(),
-            outcome: Outcome::Warning(Fault { reason, fix }),
-        }
+        Self::faulty(Outcome::Warning, description, reason, fix)
     }
 
     fn error(
@@ -91,10 +87,19 @@ impl Check {
         reason: impl Into<String>,
         fix: impl Into<String>,
     ) -> Self {
+        Self::faulty(Outcome::Error, description, reason, fix)
+    }
+
+    fn faulty(
+        outcome: fn(Fault) -> Outcome,
+        description: impl Into<String>,
+        reason: impl Into<String>,
+        fix: impl Into<String>,
+    ) -> Self {
         let (reason, fix) = (reason.into(), fix.into());
         Self {
             description: description.into(),
-            outcome: Outcome::Error(Fault { reason, fix }),
+            outcome: outcome(Fault { reason, fix }),
         }
     }
 

@@ -12,13 +12,21 @@ use super::{
 
 /// Reads the text, or tells the first place where it isn't a mesh file.
 pub(super) fn parse(text: &str) -> Result<MeshFile, Problem> {
-    let options = serde_saphyr::options! {
-        // The size of the file is the limit of a big mesh: a workload has some thirty nodes.
+    // To follow where in the file a value stands costs as much again, and only a bad one is told.
+    serde_saphyr::from_str_with_options(text, options()).or_else(|_| parse_and_follow(text))
+}
+
+/// The size of the file is the limit of a big mesh: a workload has some thirty nodes.
+fn options() -> serde_saphyr::Options {
+    serde_saphyr::options! {
         budget: serde_saphyr::budget! { max_events: 32_000_000, max_nodes: 16_000_000 },
         with_snippet: false,
-    };
+    }
+}
+
+fn parse_and_follow(text: &str) -> Result<MeshFile, Problem> {
     let mut field = String::new();
-    serde_saphyr::with_deserializer_from_str_with_options(text, options, |deserializer| {
+    serde_saphyr::with_deserializer_from_str_with_options(text, options(), |deserializer| {
         serde_path_to_error::deserialize(deserializer).map_err(|error| {
             field = field_path(error.path(), error.inner());
             error.into_inner()

@@ -48,7 +48,7 @@ class Stream:
 class Tunnel:
     """An HTTP/2 connection whose windows are given and respected by hand."""
 
-    def __init__(self, tls, is_client, stream_limit=None):
+    def __init__(self, tls, is_client, stream_limit=None, mute=False):
         config = h2.config.H2Configuration(
             client_side=is_client,
             header_encoding="utf-8",
@@ -64,6 +64,7 @@ class Tunnel:
         self.pongs = 0
         self.has_settings = False
         self.goaway = None
+        self.mute = mute
         self.h2.initiate_connection()
         if stream_limit is not None:
             code = h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS
@@ -111,7 +112,8 @@ class Tunnel:
         self.write()
 
     def write(self):
-        self.tls.sendall(self.h2.data_to_send())
+        if not self.mute:
+            self.tls.sendall(self.h2.data_to_send())
 
     def step(self):
         """Waits for bytes, and returns the events that they make."""

@@ -44,7 +44,9 @@ class Server:
         self.tls = tls
         self.is_first = is_first
         self.strict_limit = options.streams if options.strict else None
-        self.tunnel = hbone.Tunnel(tls, is_client=False, stream_limit=options.streams)
+        # A strict end's first word is late: the client doesn't know the limit when it exceeds it.
+        mute = options.strict and is_first
+        self.tunnel = hbone.Tunnel(tls, is_client=False, stream_limit=options.streams, mute=mute)
         self.ports = {}
         self.leaves = False
 
@@ -72,6 +74,7 @@ class Server:
         if self.strict_limit is not None and live > self.strict_limit:
             say("refused", number)
             stream.reset = "REFUSED_STREAM"
+            self.tunnel.mute = False
             return self.tunnel.reset(number, h2.errors.ErrorCodes.REFUSED_STREAM)
         authority = stream.header(":authority")
         port = int(authority.rpartition(":")[2])

@@ -250,7 +250,7 @@ fn a_peers_limit_of_streams_is_kept_and_more_connections_take_more_tunnels() {
 #[test]
 fn a_stream_that_a_peer_refuses_unprocessed_goes_by_another_tunnel() {
     let world = World::new("peer-out-strict", &["--streams", "5", "--strict"]);
-    // All at once, before the peer's SETTINGS can have come.
+    // All at once: the peer sends its SETTINGS when they are exceeded, and not before.
     let all: Vec<TcpStream> = thread::scope(|scope| {
         let world = &world;
         let asked: Vec<_> = (0..40)

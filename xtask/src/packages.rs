@@ -31,7 +31,16 @@ pub(crate) const FOR_TESTS: &[&str] = &[
 ];
 
 /// What the bench runs, and what it needs around that.
-pub(crate) const FOR_BENCH: &[&str] = &["haproxy", "iperf3", "iproute2", "nginx", "openssl", "wrk"];
+pub(crate) const FOR_BENCH: &[&str] = &[
+    "curl",
+    "haproxy",
+    "iperf3",
+    "iproute2",
+    "nghttp2-client",
+    "nginx",
+    "openssl",
+    "wrk",
+];
 
 /// Installs those of `packages` that are missing, and says so with the reason.
 pub(crate) fn ensure(packages: &[&str], why: &str) -> Result<()> {

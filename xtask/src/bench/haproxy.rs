@@ -1,14 +1,14 @@
 //! A pair of haproxies that carry TCP between two nodes in mutual TLS.
 
-use std::{fs, net::IpAddr, path::Path, process::Command, sync::Arc};
+use std::{fs, net::IpAddr, path::Path, sync::Arc};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use malla_testbed::{Node, Process, get, until};
 
-use super::scene::{BULK, Pins, START_LIMIT, WEB};
-
-/// What is added to a port of the server for its way between the nodes.
-const BETWEEN: u16 = 10_000;
+use super::{
+    authority::{self, Certificate},
+    scene::{BETWEEN, PORTS, Pins, START_LIMIT},
+};
 
 /// The port on each node that answers once haproxy serves.
 const HEALTH: u16 = 9000;
@@ -16,25 +16,25 @@ const HEALTH: u16 = 9000;
 /// Starts one on each node: the client's side takes the server's ports in plain, and passes them
 /// to the other side in TLS.
 pub(super) fn start(
-    nodes: &[Arc<Node>; 2],
+    nodes: &[Arc<Node>],
     server: IpAddr,
     folder: &Path,
     pins: Pins,
 ) -> Result<Vec<Process>> {
-    make_authority(folder)?;
-    let ca = folder.join("ca.pem").display().to_string();
+    authority::make(folder)?;
     let mut processes = Vec::new();
     for (own, peer) in [(0, 1), (1, 0)] {
         let name = nodes[own].name();
-        let certificate = make_certificate(folder, name)?;
+        let certificate = Certificate::make(folder, name)?;
+        let (both, ca) = (certificate.both.display(), certificate.authority.display());
         // One certificate of its own, and only the other's accepted.
         let tls = format!(
-            "ssl crt {certificate} ca-file {ca} verify required ssl-min-ver TLSv1.3 \
+            "ssl crt {both} ca-file {ca} verify required ssl-min-ver TLSv1.3 \
              ciphersuites TLS_AES_128_GCM_SHA256"
         );
         let other = nodes[peer].addresses()[0];
         let mut config = head();
-        for port in [WEB, BULK] {
+        for port in PORTS {
             let between = port + BETWEEN;
             config += &if own == 0 {
                 let verify = format!("verifyhost {} no-ssl-reuse", nodes[peer].name());
@@ -78,35 +78,4 @@ fn wait_ready(node: &Node, process: &Process) -> Result<()> {
     })
     .and_then(|ready| ready.then_some(()).context("haproxy ended at its start"))
     .with_context(|| process.log())
-}
-
-/// Makes a certificate authority: `ca.pem` and `ca.key`.
-fn make_authority(folder: &Path) -> Result<()> {
-    openssl(folder, "ca", "/CN=ca", &[])
-}
-
-/// Makes a certificate for a node, and returns the file with it and its key, as haproxy wants it.
-fn make_certificate(folder: &Path, node: &str) -> Result<String> {
-    let name = format!("subjectAltName=DNS:{node}");
-    let signed = ["-CA", "ca.pem", "-CAkey", "ca.key", "-addext", &name];
-    openssl(folder, node, &format!("/CN={node}"), &signed)?;
-    let both = ["pem", "key"].map(|ending| fs::read(folder.join(format!("{node}.{ending}"))));
-    let [certificate, key] = both;
-    let path = folder.join(format!("{node}-both.pem"));
-    fs::write(&path, [certificate?, key?].concat())?;
-    Ok(path.display().to_string())
-}
-
-/// Makes `name.pem` with a P-256 key in `name.key`.
-fn openssl(folder: &Path, name: &str, subject: &str, more: &[&str]) -> Result<()> {
-    let mut command = Command::new("openssl");
-    command.current_dir(folder);
-    command.args(["req", "-x509", "-nodes", "-days", "2"]);
-    command.args(["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]);
-    command.args(["-subj", subject, "-out", &format!("{name}.pem")]);
-    command.args(["-keyout", &format!("{name}.key")]);
-    let done = command.args(more).output().context("running openssl")?;
-    let said = String::from_utf8_lossy(&done.stderr);
-    ensure!(done.status.success(), "openssl: {}: {said}", done.status);
-    Ok(())
 }

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use malla_testbed::until;
 
 use super::{
+    paced,
     results::{Outcome, Row},
     scene::{BODY, Scene},
     usage,
@@ -20,8 +21,13 @@ use crate::interrupt;
 /// How many idle connections are opened, to see what one of them takes.
 const IDLE: u32 = 1000;
 
-/// How many connections the short ones are spread over.
-const SHORT: u32 = 32;
+/// How many connections are few.
+const FEW: u32 = 32;
+
+/// HTTP/2: connections, and the streams of each.
+const HTTP2: (u32, u32) = (8, 32);
+
+const KIB: f64 = 1024.0;
 
 /// How long a single answer may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
@@ -43,12 +49,12 @@ pub(super) struct Times {
 
 impl Times {
     pub(super) const FULL: Self = Self {
-        warm_up: 2,
+        warm_up: 1,
         load: 4,
     };
     pub(super) const QUICK: Self = Self {
         warm_up: 1,
-        load: 2,
+        load: 1,
     };
 }
 
@@ -79,21 +85,27 @@ impl<'a> Load<'a> {
         }
     }
 
-    /// Fails where proxies are said to encrypt and the wire shows something else, so that nothing
-    /// is measured that isn't there.
-    pub(super) fn prove_encryption(&self) -> Result<()> {
+    /// Fails where proxies are said to encrypt and the wire shows something else, or to carry and
+    /// don't, so that nothing is measured that isn't there.
+    pub(super) fn prove_proxies(&self) -> Result<()> {
         const REQUESTS: u32 = 10;
         let capture = self.scene.capture()?;
         drop(self.connect(REQUESTS)?);
         if self.scene.proxies.is_empty() {
             return Ok(());
         }
-        let enough = BODY * REQUESTS as usize;
-        until("answers in TLS on the wire", ANSWER_LIMIT, || {
-            (capture.tls().encrypted >= enough).then_some(())
-        })?;
-        let other = capture.tls().other;
-        ensure!(other.is_empty(), "the wire has plain streams: {other:?}");
+        if let Some(capture) = capture {
+            let enough = BODY * REQUESTS as usize;
+            until("answers in TLS on the wire", ANSWER_LIMIT, || {
+                (capture.tls().encrypted >= enough).then_some(())
+            })?;
+            let other = capture.tls().other;
+            ensure!(other.is_empty(), "the wire has plain streams: {other:?}");
+        }
+        if let Some(carried) = self.scene.carried()? {
+            let enough = f64::from(REQUESTS);
+            ensure!(carried >= enough, "the agent carried {carried} of {enough}");
+        }
         Ok(())
     }
 
@@ -101,7 +113,7 @@ impl<'a> Load<'a> {
     pub(super) fn memory(&self, outcome: &mut Outcome) -> Result<()> {
         let rested = Instant::now() + REST;
         interrupt::wait_for("proxies at rest", 2 * REST, || Instant::now() >= rested)?;
-        outcome.set(Row::IdleMemory, self.still_rss()?);
+        outcome.set(Row::IdleMemory, self.still_rss()? / KIB);
         // Allocators look for what they can give back while they are used, and what they keep
         // would hide what the connections take.
         for _ in 0..20 {
@@ -112,48 +124,101 @@ impl<'a> Load<'a> {
         let with_idle = self.still_rss()?;
         drop(idle);
         let each = (with_idle - before) / f64::from(IDLE);
-        outcome.set(Row::ConnectionMemory, each.max(0.0));
+        outcome.set(Row::ConnectionMemory, each.max(0.0) / KIB);
         Ok(())
     }
 
-    /// Requests on few and on many connections, and the processor time of the former.
+    /// Requests on one, on few and on many connections, and the processor time of those on few.
     pub(super) fn requests(&self, outcome: &mut Outcome) -> Result<()> {
         // A slow machine may take longer than that for the handshakes: answers aren't counted yet.
-        self.run_wrk(32, self.times.warm_up, &[])?;
-        let proxies = &self.scene.proxies;
-        let before = usage::cpu_time(proxies)?;
-        let few = self.wrk(32, self.times.load, &[])?;
-        let used = usage::cpu_time(proxies)?.saturating_sub(before);
-        let many = self.wrk(256, self.times.load, &[])?;
-        if !proxies.is_empty() {
-            let each = used.as_secs_f64() / few.total;
-            outcome.set(Row::Cpu, each * 100_000.0);
+        self.run_wrk(FEW, self.times.warm_up, &[])?;
+        for (connections, row) in [
+            (1, Row::Requests1),
+            (FEW, Row::Requests32),
+            (256, Row::Requests256),
+        ] {
+            let before = usage::cpu_time(&self.scene.proxies)?;
+            let requests = self.wrk(connections, self.times.load, &[])?;
+            let used = usage::cpu_time(&self.scene.proxies)?.saturating_sub(before);
+            if connections == FEW && !self.scene.proxies.is_empty() {
+                let each = used.as_secs_f64() / requests.total;
+                outcome.set(Row::RequestCpu, each * 100_000.0);
+            }
+            outcome.set(row, requests.rate);
+            outcome.errors += requests.errors;
         }
-        outcome.set(Row::Requests32, few.rate);
-        outcome.set(Row::Requests256, many.rate);
-        outcome.errors += few.errors + many.errors;
+        Ok(())
+    }
+
+    /// How long answers take at 2,000 requests a second.
+    pub(super) fn latency(&self, outcome: &mut Outcome) -> Result<()> {
+        interrupt::check()?;
+        let time = Duration::from_secs(self.times.load.into());
+        let Scene {
+            client, web, pins, ..
+        } = self.scene;
+        let times = paced::answers(client, *web, time, pins.ends)?;
+        let at = |share: usize| {
+            let time = times.get(times.len() * share / 100);
+            time.map_or(f64::NAN, |time| time.as_secs_f64() * 1e6)
+        };
+        outcome.set(Row::LatencyMedian, at(50));
+        outcome.set(Row::LatencyHigh, at(99));
+        Ok(())
+    }
+
+    /// Requests on many streams of few connections.
+    pub(super) fn http2(&self, outcome: &mut Outcome) -> Result<()> {
+        let (connections, streams) = (format!("-c{}", HTTP2.0), format!("-m{}", HTTP2.1));
+        let said = self.h2load(self.scene.http2, &[&connections, &streams])?;
+        let requests = Requests::parse_h2load(&said).filter(|requests| requests.total > 0.0);
+        let requests = requests.with_context(|| format!("no request was answered:\n{said}"))?;
+        outcome.set(Row::Http2, requests.rate);
+        outcome.errors += requests.errors;
         Ok(())
     }
 
     /// Connections of one request each, which the server ends.
     pub(super) fn new_connections(&self, outcome: &mut Outcome) -> Result<()> {
         let close = ["-H", "Connection: close"];
-        let short = self.wrk(SHORT, self.times.load, &close)?;
+        let short = self.wrk(FEW, self.times.load, &close)?;
         outcome.set(Row::NewConnections, short.rate);
         outcome.errors += short.errors;
         Ok(())
     }
 
-    /// One stream from the client to the server.
+    /// Streams from the client to the server, and the processor time of a single one's bytes.
     pub(super) fn bulk(&self, outcome: &mut Outcome) -> Result<()> {
+        for (streams, row) in [("1", Row::Bulk1), ("4", Row::Bulk4)] {
+            let before = usage::cpu_time(&self.scene.proxies)?;
+            let (bytes, rate) = self.iperf3(streams)?;
+            let used = usage::cpu_time(&self.scene.proxies)?.saturating_sub(before);
+            if streams == "1" && !self.scene.proxies.is_empty() {
+                outcome.set(Row::BulkCpu, used.as_secs_f64() / bytes * 1e10);
+            }
+            outcome.set(row, rate / 1e9);
+        }
+        Ok(())
+    }
+
+    /// Bytes that have come, and bits a second.
+    fn iperf3(&self, streams: &str) -> Result<(f64, f64)> {
         let (seconds, bulk) = (self.times.load.to_string(), self.scene.bulk);
         let (address, port) = (bulk.ip().to_string(), bulk.port().to_string());
-        let answer = self.run(&["iperf3", "-J", "-t", &seconds, "-c", &address, "-p", &port])?;
+        let more = ["-t", &seconds, "-P", streams, "-c", &address, "-p", &port];
+        let answer = self.run(&[&["iperf3", "-J"], &more[..]].concat())?;
         let answer: serde_json::Value = serde_json::from_str(&answer).context("iperf3's JSON")?;
-        let rate = answer["end"]["sum_received"]["bits_per_second"].as_f64();
-        let rate = rate.with_context(|| format!("no rate in what iperf3 says:\n{answer}"))?;
-        outcome.set(Row::Bulk, rate / 1e9);
-        Ok(())
+        let received = &answer["end"]["sum_received"];
+        let figure = |name: &str| received[name].as_f64();
+        let figures = figure("bytes").zip(figure("bits_per_second"));
+        figures.with_context(|| format!("no rate in what iperf3 says:\n{answer}"))
+    }
+
+    fn h2load(&self, to: SocketAddr, more: &[&str]) -> Result<String> {
+        let time = format!("-D{}", self.times.load);
+        let warm_up = format!("--warm-up-time={}", self.times.warm_up);
+        let url = format!("http://{to}/");
+        self.run(&[&["h2load", &time, &warm_up], more, &[url.as_str()]].concat())
     }
 
     fn wrk(&self, connections: u32, seconds: u32, more: &[&str]) -> Result<Requests> {
@@ -184,7 +249,12 @@ impl<'a> Load<'a> {
                 if Instant::now() > self.deadline {
                     bail!("no time is left");
                 }
-                ask(self.scene.web).with_context(|| format!("after {opened} connections"))
+                let ask = || {
+                    let mut stream = connect(self.scene.web)?;
+                    answer(&mut stream, self.scene.web)?;
+                    anyhow::Ok(stream)
+                };
+                ask().with_context(|| format!("after {opened} connections"))
             });
             connections.collect()
         })
@@ -207,11 +277,18 @@ impl<'a> Load<'a> {
     }
 }
 
-/// Opens a connection and reads one answer from it.
-fn ask(address: SocketAddr) -> Result<TcpStream> {
-    let mut stream = TcpStream::connect_timeout(&address, ANSWER_LIMIT)?;
+/// Opens a connection to nginx.
+pub(super) fn connect(web: SocketAddr) -> Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&web, ANSWER_LIMIT)?;
     stream.set_read_timeout(Some(ANSWER_LIMIT))?;
-    write!(stream, "GET / HTTP/1.1\r\nHost: {address}\r\n\r\n")?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// Asks nginx once and reads the answer.
+pub(super) fn answer(stream: &mut TcpStream, web: SocketAddr) -> Result<()> {
+    let request = format!("GET / HTTP/1.1\r\nHost: {web}\r\n\r\n");
+    stream.write_all(request.as_bytes())?;
     let (mut answer, mut part) = (Vec::new(), [0; 2 * BODY]);
     loop {
         let length = stream.read(&mut part)?;
@@ -219,7 +296,7 @@ fn ask(address: SocketAddr) -> Result<TcpStream> {
         answer.extend_from_slice(&part[..length]);
         let head = answer.windows(4).position(|window| window == b"\r\n\r\n");
         if head.is_some_and(|head| answer.len() >= head + 4 + BODY) {
-            return Ok(stream);
+            return Ok(());
         }
     }
 }
@@ -242,6 +319,24 @@ impl Requests {
         }
         Some(requests)
     }
+
+    /// Reads what h2load has printed.
+    fn parse_h2load(said: &str) -> Option<Self> {
+        let finished = said.lines().find(|line| line.starts_with("finished in "))?;
+        let rate = finished.split(", ").nth(1)?.strip_suffix(" req/s")?;
+        let line = said.lines().find(|line| line.starts_with("requests: "))?;
+        let number = |what: &str| {
+            let mut part = line.trim_start_matches("requests: ").split(", ");
+            let number = part.find_map(|part| part.strip_suffix(what))?;
+            number.trim().parse::<u32>().ok()
+        };
+        let failed = u64::from(number(" errored")?) + u64::from(number(" timeout")?);
+        Some(Self {
+            total: f64::from(number(" succeeded")?),
+            rate: rate.parse().ok()?,
+            errors: failed,
+        })
+    }
 }
 
 #[cfg(test)]
@@ -263,5 +358,18 @@ mod tests {
             errors: 29,
         };
         assert_eq!(Requests::parse(said), Some(requests));
+    }
+
+    #[test]
+    fn http2_requests_are_read() {
+        let said = "\nfinished in 4.00s, 39800.25 req/s, 41.20MB/s\n\
+                    requests: 159201 total, 159457 started, 159201 done, 159200 succeeded, 1 failed, 1 errored, 2 timeout\n\
+                    status codes: 159201 2xx, 0 3xx, 0 4xx, 0 5xx\n";
+        let requests = Requests {
+            total: 159_200.0,
+            rate: 39_800.25,
+            errors: 3,
+        };
+        assert_eq!(Requests::parse_h2load(said), Some(requests));
     }
 }

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use crate::{packages, shell};
 
 /// Facts by name.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Machine(Vec<(String, String)>);
 
 impl Machine {
@@ -26,8 +26,13 @@ impl Machine {
             ("processors", format!("{processors} x {model}")),
             // What else runs takes part in every figure.
             ("load before", read("/proc/loadavg")),
+            // Network namespaces that are made have it as well.
+            (
+                "congestion control",
+                read("/proc/sys/net/ipv4/tcp_congestion_control"),
+            ),
         ];
-        for program in ["nginx", "haproxy", "wrk", "iperf3"] {
+        for program in ["nginx", "haproxy", "wrk", "nghttp2-client", "iperf3"] {
             facts.push((program, packages::version(program).unwrap_or_default()));
         }
         if let Some(version) = malla.and_then(|malla| shell::ask(malla, &["--version"])) {
@@ -53,7 +58,7 @@ impl Machine {
 impl fmt::Display for Machine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (name, fact) in &self.0 {
-            writeln!(f, "{name:12} {fact}")?;
+            writeln!(f, "{name:18} {fact}")?;
         }
         Ok(())
     }

@@ -3,11 +3,16 @@
 //! Machines differ by half in speed, and one machine from minute to minute. So scenarios take
 //! turns, round by round, and what counts is the ratio of two of them within a round.
 
+mod authority;
+mod document;
 mod enrolment;
+mod envoy;
 mod flood;
 mod haproxy;
 mod load;
 mod machine;
+mod paced;
+mod pods;
 mod report;
 mod results;
 mod scenario;
@@ -15,7 +20,7 @@ mod scene;
 mod usage;
 
 use std::{
-    env, fs,
+    env,
     path::PathBuf,
     thread,
     time::{Duration, Instant},
@@ -27,21 +32,22 @@ use malla_testbed::leftovers;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::{ebpf, interrupt, packages, shell, workspace};
+use document::Document;
 use enrolment::Amount;
 use load::{Load, Times};
 use machine::Machine;
-use results::{Outcome, Results};
+use results::{Outcome, Results, Row};
 use scenario::Scenario;
-use scene::{Pins, Scene};
+use scene::{Pins, Programs, Scene};
 
-/// How long one scenario may take in one round.
+/// How long one scenario may take in one round; in the first one for memory once more.
 const TURN_LIMIT: Duration = Duration::from_secs(45);
 
 /// What to measure.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
     /// How often each scenario has its turn; figures are medians
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
     /// One round of short loads: shows that everything runs, and little more
     #[arg(long)]
@@ -52,29 +58,26 @@ pub(crate) struct Options {
     /// Pin nothing to a processor
     #[arg(long)]
     free: bool,
-    /// Write all figures of all rounds to this file
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    /// Print one JSON document on standard output, and what is done on standard error
+    #[arg(long)]
+    json: bool,
 }
 
 /// Measures and prints a table. An error where a scenario couldn't run, not where a goal is missed.
 pub(crate) fn run(options: &Options) -> Result<()> {
     interrupt::catch()?;
+    let document = options.json.then(Document::open).transpose()?;
     let pins = if options.free { Pins::NONE } else { Pins::TWO };
     ensure!(
         options.free || thread::available_parallelism()?.get() >= 2,
         "the bench needs two processors, one of them for the proxies: try --free"
     );
-    let scenarios: Vec<Scenario> = Scenario::ALL
+    let mut scenarios: Vec<Scenario> = Scenario::ALL
         .into_iter()
         .filter(|scenario| options.only.is_empty() || options.only.contains(scenario))
         .collect();
     packages::ensure(packages::FOR_BENCH, "the bench")?;
-    let malla = if scenarios.iter().any(|scenario| scenario.has_agent()) {
-        Some(agent_program()?)
-    } else {
-        None
-    };
+    let programs = programs(&mut scenarios)?;
     raise_descriptor_limit()?;
     for leftover in leftovers::remove()? {
         println!("Removed what an earlier run has left: {leftover}.");
@@ -85,25 +88,22 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     } else {
         (Times::FULL, Amount::FULL, options.rounds)
     };
-    let machine = Machine::of_this(malla.as_deref());
+    let machine = Machine::of_this(programs.malla.as_deref());
     println!("{machine}");
     let mut results = Results::default();
     for round in 1..=rounds {
         for &scenario in &scenarios {
             interrupt::check()?;
             let started = Instant::now();
-            let agent = || malla.as_deref().context("no agent to measure");
-            let outcome = match scenario {
-                Scenario::Enrolment => agent().and_then(|malla| enrolment::measure(malla, amount)),
-                Scenario::FloodUnmeshed | Scenario::FloodMeshed => {
-                    let meshed = scenario == Scenario::FloodMeshed;
-                    agent().and_then(|malla| flood::measure(malla, pins, meshed))
-                }
-                Scenario::Direct | Scenario::HaproxyTcpMtls | Scenario::Malla => {
-                    let set_up = || Scene::set_up(scenario, pins, malla.as_deref());
-                    measure(set_up, times, started + TURN_LIMIT)
-                }
+            let turn = Turn {
+                scenario,
+                pins,
+                programs: &programs,
+                times,
+                amount,
+                with_memory: round == 1,
             };
+            let outcome = turn.take();
             let outcome = outcome.with_context(|| format!("{scenario}, round {round}"));
             interrupt::check()?;
             let seconds = started.elapsed().as_secs_f64();
@@ -116,9 +116,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
 
     print!("\n{}", report::table(&results, &scenarios));
-    if let Some(path) = &options.json {
-        let text = report::json(&machine, options.free, &results, &scenarios);
-        fs::write(path, text).with_context(|| path.display().to_string())?;
+    if let Some(document) = document {
+        document.write(&report::json(&machine, options.free, &results, &scenarios))?;
     }
     match results.failures() {
         0 => Ok(()),
@@ -126,24 +125,92 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
 }
 
-/// One turn of a scenario, which must end by `deadline`.
-///
-/// Memory is read in a scene of its own: what loads leave in a heap would hide it, and a heap that
-/// has held a thousand connections slows haproxy down.
-fn measure(set_up: impl Fn() -> Result<Scene>, times: Times, deadline: Instant) -> Result<Outcome> {
-    let mut outcome = Outcome::default();
-    let mut scene = set_up()?;
-    if !scene.proxies.is_empty() {
-        Load::new(&scene, times, deadline).memory(&mut outcome)?;
-        drop(scene);
-        scene = set_up()?;
+/// A scenario in one round.
+struct Turn<'a> {
+    scenario: Scenario,
+    pins: Pins,
+    programs: &'a Programs,
+    times: Times,
+    amount: Amount,
+    with_memory: bool,
+}
+
+impl Turn<'_> {
+    fn take(&self) -> Result<Outcome> {
+        let malla = || {
+            self.programs
+                .malla
+                .as_deref()
+                .context("no agent to measure")
+        };
+        match self.scenario {
+            Scenario::Enrolment => enrolment::measure(malla()?, self.amount),
+            Scenario::FloodUnmeshed => flood::measure(malla()?, self.pins, false),
+            Scenario::FloodMeshed => flood::measure(malla()?, self.pins, true),
+            _ => {
+                let mut outcome = Outcome::default();
+                if self.with_memory {
+                    outcome.extend(self.memory()?);
+                }
+                outcome.extend(self.loads()?);
+                Ok(outcome)
+            }
+        }
     }
-    let load = Load::new(&scene, times, deadline);
-    load.prove_encryption()?;
-    load.requests(&mut outcome)?;
-    load.new_connections(&mut outcome)?;
-    load.bulk(&mut outcome)?;
-    Ok(outcome)
+
+    /// Memory varies little, and is read in a scene of its own: what loads leave in a heap would
+    /// hide it, and a heap that has held a thousand connections slows haproxy down.
+    fn memory(&self) -> Result<Outcome> {
+        let mut outcome = Outcome::default();
+        let deadline = Instant::now() + TURN_LIMIT;
+        let scene = self.set_up()?;
+        if !scene.proxies.is_empty() {
+            Load::new(&scene, self.times, deadline).memory(&mut outcome)?;
+        }
+        drop(scene);
+        if self.scenario == Scenario::Malla {
+            let malla = self.programs.malla.as_deref().context("no agent")?;
+            outcome.set(Row::PodMemory, pods::memory_of_each(malla)?);
+        }
+        Ok(outcome)
+    }
+
+    fn loads(&self) -> Result<Outcome> {
+        let mut outcome = Outcome::default();
+        let deadline = Instant::now() + TURN_LIMIT;
+        let scene = self.set_up()?;
+        let load = Load::new(&scene, self.times, deadline);
+        load.prove_proxies()?;
+        load.requests(&mut outcome)?;
+        load.latency(&mut outcome)?;
+        load.http2(&mut outcome)?;
+        load.new_connections(&mut outcome)?;
+        load.bulk(&mut outcome)?;
+        Ok(outcome)
+    }
+
+    fn set_up(&self) -> Result<Scene> {
+        Scene::set_up(self.scenario, self.pins, self.programs)
+    }
+}
+
+/// What the scenarios need and the machine doesn't have from Debian. A competitor that can't be had
+/// is left out, with a line that says so.
+fn programs(scenarios: &mut Vec<Scenario>) -> Result<Programs> {
+    let mut programs = Programs::default();
+    if scenarios.contains(&Scenario::EnvoyTcpMtls) {
+        match envoy::program() {
+            Ok(program) => programs.envoy = Some(program),
+            Err(error) => {
+                println!("{} is left out: {error:#}", Scenario::EnvoyTcpMtls);
+                scenarios.retain(|scenario| *scenario != Scenario::EnvoyTcpMtls);
+            }
+        }
+    }
+    if scenarios.iter().any(|scenario| scenario.has_agent()) {
+        programs.malla = Some(agent_program()?);
+    }
+    Ok(programs)
 }
 
 /// The agent as users have it: built in the release profile, or what `MALLA_BIN` names.

@@ -7,13 +7,20 @@ use super::scenario::Scenario;
 /// One kind of figure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Row {
+    Requests1,
     Requests32,
     Requests256,
+    LatencyMedian,
+    LatencyHigh,
+    Http2,
     NewConnections,
-    Bulk,
-    Cpu,
+    Bulk1,
+    Bulk4,
+    RequestCpu,
+    BulkCpu,
     IdleMemory,
     ConnectionMemory,
+    PodMemory,
     EnrolMedian,
     EnrolHigh,
     JoinMedian,
@@ -26,14 +33,21 @@ pub(super) enum Row {
 }
 
 impl Row {
-    pub(super) const ALL: [Self; 16] = [
+    pub(super) const ALL: [Self; 23] = [
+        Self::Requests1,
         Self::Requests32,
         Self::Requests256,
+        Self::LatencyMedian,
+        Self::LatencyHigh,
+        Self::Http2,
         Self::NewConnections,
-        Self::Bulk,
-        Self::Cpu,
+        Self::Bulk1,
+        Self::Bulk4,
+        Self::RequestCpu,
+        Self::BulkCpu,
         Self::IdleMemory,
         Self::ConnectionMemory,
+        Self::PodMemory,
         Self::EnrolMedian,
         Self::EnrolHigh,
         Self::JoinMedian,
@@ -45,64 +59,59 @@ impl Row {
         Self::FloodHigh,
     ];
 
-    /// Its name in JSON, with its unit.
+    /// Its name in JSON, the unit of its figures, and its title in the table.
+    const fn names(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Requests1 => ("rps_1", "requests/s, 1 connection"),
+            Self::Requests32 => ("rps_32", "requests/s, 32 connections"),
+            Self::Requests256 => ("rps_256", "requests/s, 256 connections"),
+            Self::LatencyMedian => ("p50_us", "us at 2,000 requests/s, median"),
+            Self::LatencyHigh => ("p99_us", "  99th percentile"),
+            Self::Http2 => ("h2_rps", "HTTP/2 requests/s, 8 x 32 streams"),
+            Self::NewConnections => ("conn_per_s", "new connections/s"),
+            Self::Bulk1 => ("iperf_1", "Gbit/s, 1 stream"),
+            Self::Bulk4 => ("iperf_4", "Gbit/s, 4 streams"),
+            Self::RequestCpu => ("cpu_s_per_100k", "proxies' CPU s per 100k requests"),
+            Self::BulkCpu => ("cpu_s_per_10gb", "proxies' CPU s per 10 GB"),
+            Self::IdleMemory => ("rss_idle_kib", "proxies' memory idle, KiB"),
+            Self::ConnectionMemory => ("kib_per_conn", "  per idle connection, KiB"),
+            Self::PodMemory => ("kib_per_pod", "  per meshed pod, KiB"),
+            Self::EnrolMedian => ("enrol_ms", "ms to enrol a pod, median"),
+            Self::EnrolHigh => ("enrol_p99_ms", "  99th percentile"),
+            Self::JoinMedian => ("join_ms", "ms from file to steered, median"),
+            Self::JoinHigh => ("join_p99_ms", "  99th percentile"),
+            Self::Start => ("start_s", "s to start with 200 pods"),
+            Self::RestartKilled => ("restart_killed_s", "s to serve 200 after kill -9"),
+            Self::RestartStopped => ("restart_stopped_s", "s to serve 200 after SIGTERM"),
+            Self::ComeAndGo => ("pods_per_s", "pods/s come and go, of 50"),
+            Self::FloodHigh => ("flood_p99_ms", "ms to answer beside a flood, p99"),
+        }
+    }
+
     pub(super) const fn key(self) -> &'static str {
-        match self {
-            Self::Requests32 => "requests_per_second_32_connections",
-            Self::Requests256 => "requests_per_second_256_connections",
-            Self::NewConnections => "new_connections_per_second",
-            Self::Bulk => "gigabits_per_second_one_stream",
-            Self::Cpu => "proxies_cpu_seconds_per_100k_requests",
-            Self::IdleMemory => "proxies_idle_bytes",
-            Self::ConnectionMemory => "proxies_bytes_per_idle_connection",
-            Self::EnrolMedian => "enrolment_milliseconds_median",
-            Self::EnrolHigh => "enrolment_milliseconds_p99",
-            Self::JoinMedian => "file_changed_to_steered_milliseconds_median",
-            Self::JoinHigh => "file_changed_to_steered_milliseconds_p99",
-            Self::Start => "seconds_to_ready_with_200_pods",
-            Self::RestartKilled => "seconds_to_serve_200_pods_after_kill",
-            Self::RestartStopped => "seconds_to_serve_200_pods_after_stop",
-            Self::ComeAndGo => "pods_per_second_come_and_go",
-            Self::FloodHigh => "answer_milliseconds_p99_beside_a_flood",
-        }
+        self.names().0
     }
 
+    /// Its title in the table, where one that begins with spaces goes on with the line above.
     pub(super) const fn title(self) -> &'static str {
-        match self {
-            Self::Requests32 => "requests/s, 32 connections",
-            Self::Requests256 => "requests/s, 256 connections",
-            Self::NewConnections => "new connections/s",
-            Self::Bulk => "Gbit/s, one stream",
-            Self::Cpu => "proxies' CPU s per 100k requests",
-            Self::IdleMemory => "proxies' memory idle, MiB",
-            Self::ConnectionMemory => "  per idle connection, KiB",
-            Self::EnrolMedian => "ms to enrol a pod, median",
-            Self::JoinMedian => "ms from file to steered, median",
-            Self::EnrolHigh | Self::JoinHigh => "  99th percentile",
-            Self::Start => "s to start with 200 pods",
-            Self::RestartKilled => "s to serve 200 after kill -9",
-            Self::RestartStopped => "s to serve 200 after SIGTERM",
-            Self::ComeAndGo => "pods/s come and go, of 50",
-            Self::FloodHigh => "ms to answer beside a flood, p99",
-        }
+        self.names().1
     }
 
-    /// A figure in the unit of the title.
-    pub(super) fn show(self, figure: f64) -> String {
+    /// A title that stands alone.
+    pub(super) const fn full_title(self) -> &'static str {
         match self {
-            Self::Requests32 | Self::Requests256 | Self::NewConnections => format!("{figure:.0}"),
-            Self::Bulk | Self::Cpu | Self::Start | Self::RestartKilled | Self::RestartStopped => {
-                format!("{figure:.2}")
-            }
-            Self::EnrolMedian
-            | Self::EnrolHigh
-            | Self::JoinMedian
-            | Self::JoinHigh
-            | Self::ComeAndGo
-            | Self::FloodHigh => format!("{figure:.1}"),
-            Self::IdleMemory => format!("{:.1}", figure / 1024.0 / 1024.0),
-            Self::ConnectionMemory => format!("{:.1}", figure / 1024.0),
+            Self::LatencyHigh => "us at 2,000 requests/s, p99",
+            other => other.title(),
         }
+    }
+}
+
+/// A figure with as many digits as mean something.
+pub(super) fn show(figure: f64) -> String {
+    match figure.abs() {
+        100.0.. => format!("{figure:.0}"),
+        10.0.. => format!("{figure:.1}"),
+        _ => format!("{figure:.2}"),
     }
 }
 
@@ -117,6 +126,12 @@ pub(super) struct Outcome {
 impl Outcome {
     pub(super) fn set(&mut self, row: Row, figure: f64) {
         self.figures.insert(row, figure);
+    }
+
+    /// Takes over what another part of the turn has shown.
+    pub(super) fn extend(&mut self, other: Self) {
+        self.figures.extend(other.figures);
+        self.errors += other.errors;
     }
 }
 
@@ -147,6 +162,15 @@ impl Results {
         turns
             .map(|outcome| outcome.as_ref()?.figures.get(&row).copied())
             .collect()
+    }
+
+    /// The lowest and the highest figure of a scenario's rounds.
+    pub(super) fn range(&self, scenario: Scenario, row: Row) -> Option<(f64, f64)> {
+        let figures = self.rounds(scenario, row).into_iter().flatten();
+        figures.fold(None, |range, figure| {
+            let (low, high) = range.unwrap_or((figure, figure));
+            Some((figure.min(low), figure.max(high)))
+        })
     }
 
     pub(super) fn median(&self, scenario: Scenario, row: Row) -> Option<f64> {
@@ -193,8 +217,10 @@ mod tests {
         let ratio = results.ratio(Scenario::Malla, Scenario::Direct, Row::Requests32);
         assert!((ratio.unwrap() - 0.82).abs() < 1e-9, "{ratio:?}");
         assert_eq!(results.failures(), 1);
-        let missing = results.ratio(Scenario::Malla, Scenario::Direct, Row::Cpu);
+        let missing = results.ratio(Scenario::Malla, Scenario::Direct, Row::RequestCpu);
         assert_eq!(missing, None);
+        let range = results.range(Scenario::Direct, Row::Requests32);
+        assert_eq!(range, Some((50.0, 100.0)));
     }
 
     #[test]

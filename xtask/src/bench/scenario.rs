@@ -7,12 +7,18 @@ use clap::ValueEnum;
 /// What stands between the client and the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub(super) enum Scenario {
-    /// Nothing: pod to pod over the nodes' routing.
+    /// Nothing: pod to pod over two nodes' routing.
     Direct,
+    /// Nothing: two pods on one node's bridge.
+    DirectSameNode,
     /// Two haproxies that pass TCP on, one TLS connection a stream, certificates on both ends.
     HaproxyTcpMtls,
+    /// Two Envoys that do the same.
+    EnvoyTcpMtls,
     /// Two agents.
     Malla,
+    /// One agent, which has both pods.
+    MallaSameNode,
     /// One agent and many pods: how long it takes to have them.
     Enrolment,
     /// A meshed client and server, while another pod of the server's node is flooded that isn't
@@ -23,10 +29,13 @@ pub(super) enum Scenario {
 }
 
 impl Scenario {
-    pub(super) const ALL: [Self; 6] = [
+    pub(super) const ALL: [Self; 9] = [
         Self::Direct,
+        Self::DirectSameNode,
         Self::HaproxyTcpMtls,
+        Self::EnvoyTcpMtls,
         Self::Malla,
+        Self::MallaSameNode,
         Self::Enrolment,
         Self::FloodUnmeshed,
         Self::FloodMeshed,
@@ -34,14 +43,34 @@ impl Scenario {
 
     /// Whether it needs the agent.
     pub(super) fn has_agent(self) -> bool {
-        !matches!(self, Self::Direct | Self::HaproxyTcpMtls)
+        !matches!(
+            self,
+            Self::Direct | Self::DirectSameNode | Self::HaproxyTcpMtls | Self::EnvoyTcpMtls
+        )
+    }
+
+    /// Whether client and server are on one node.
+    pub(super) fn is_one_node(self) -> bool {
+        matches!(self, Self::DirectSameNode | Self::MallaSameNode)
+    }
+
+    /// What it stands beside: nothing between as many nodes.
+    pub(super) fn direct(self) -> Self {
+        if self.is_one_node() {
+            Self::DirectSameNode
+        } else {
+            Self::Direct
+        }
     }
 
     pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Direct => "direct",
+            Self::DirectSameNode => "direct-same-node",
             Self::HaproxyTcpMtls => "haproxy-tcp-mtls",
+            Self::EnvoyTcpMtls => "envoy-tcp-mtls",
             Self::Malla => "malla",
+            Self::MallaSameNode => "malla-same-node",
             Self::Enrolment => "enrolment",
             Self::FloodUnmeshed => "flood-unmeshed",
             Self::FloodMeshed => "flood-meshed",

@@ -3,7 +3,7 @@
 use std::{
     fs,
     net::{IpAddr, SocketAddr},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
@@ -11,11 +11,16 @@ use std::{
 use anyhow::{Context, Result};
 use malla_testbed::{Capture, Node, Pod, PodSpec, Process, Testbed};
 
-use super::{haproxy, scenario::Scenario};
+use super::{envoy, haproxy, scenario::Scenario};
 
-/// The server pod's ports.
+/// The server pod's ports: nginx with HTTP/1.1, with HTTP/2, and iperf3.
 pub(super) const WEB: u16 = 80;
-pub(super) const BULK: u16 = 5201;
+const HTTP2: u16 = 81;
+const BULK: u16 = 5201;
+pub(super) const PORTS: [u16; 3] = [WEB, HTTP2, BULK];
+
+/// What other proxies add to a port of the server for its way between the nodes.
+pub(super) const BETWEEN: u16 = 10_000;
 
 /// What nginx serves, in bytes.
 pub(super) const BODY: usize = 1024;
@@ -43,65 +48,99 @@ impl Pins {
     };
 }
 
+/// The programs of what is compared that the machine doesn't have from Debian.
+#[derive(Debug, Default)]
+pub(super) struct Programs {
+    pub(super) malla: Option<PathBuf>,
+    pub(super) envoy: Option<PathBuf>,
+}
+
 /// A scenario that stands. Dropping it removes it.
 #[derive(Debug)]
 pub(super) struct Scene {
-    /// nginx, iperf3 and where there are some haproxies: ended before the bed.
+    /// nginx, iperf3 and other proxies than malla's: ended before the bed.
     _programs: Vec<Process>,
     pub(super) client: Arc<Pod>,
     /// What the client asks for nginx and for iperf3.
     pub(super) web: SocketAddr,
+    pub(super) http2: SocketAddr,
     pub(super) bulk: SocketAddr,
     pub(super) proxies: Vec<i32>,
     pub(super) pins: Pins,
-    nodes: [Arc<Node>; 2],
-    bed: Testbed,
+    /// The client's and the server's, or both's.
+    nodes: Vec<Arc<Node>>,
+    has_agents: bool,
+    pub(super) bed: Testbed,
 }
 
 impl Scene {
-    /// `malla` is the agent's program, which only its own scenario needs.
-    pub(super) fn set_up(scenario: Scenario, pins: Pins, malla: Option<&Path>) -> Result<Self> {
+    pub(super) fn set_up(scenario: Scenario, pins: Pins, programs: &Programs) -> Result<Self> {
         let mut bed = Testbed::new("bench")?.with_agents_on_cpu(pins.proxies);
-        let nodes = [bed.node("a")?, bed.node("b")?];
-        let spec = |name| match scenario {
-            Scenario::Direct | Scenario::HaproxyTcpMtls => PodSpec::new(name).unlisted(),
-            _ => PodSpec::new(name),
+        let mut nodes = vec![bed.node("a")?];
+        if !scenario.is_one_node() {
+            nodes.push(bed.node("b")?);
+        }
+        let has_agents = scenario.has_agent();
+        let spec = |name| {
+            let spec = PodSpec::new(name);
+            if has_agents { spec } else { spec.unlisted() }
         };
         let client = bed.pod(&nodes[0], spec("client"))?;
-        let server = bed.pod(&nodes[1], spec("server").port(WEB).port(BULK))?;
-        let mut programs = serve(&server, bed.folder(), pins)?;
+        let server = PORTS.into_iter().fold(spec("server"), PodSpec::port);
+        let server = bed.pod(nodes.last().context("a node")?, server)?;
+        let mut running = serve(&server, bed.folder(), pins)?;
         let mut destination = IpAddr::from(server.v4());
-        let proxies = match scenario {
-            Scenario::Direct => Vec::new(),
-            Scenario::HaproxyTcpMtls => {
-                let pair = haproxy::start(&nodes, destination, bed.folder(), pins)?;
-                let proxies = pair.iter().map(Process::pid).collect();
-                destination = nodes[0].addresses()[0];
-                programs.extend(pair);
-                proxies
+        let mut proxies = Vec::new();
+        let others = match scenario {
+            Scenario::HaproxyTcpMtls => haproxy::start(&nodes, destination, bed.folder(), pins)?,
+            Scenario::EnvoyTcpMtls => {
+                let program = programs.envoy.as_ref().context("no Envoy to measure")?;
+                envoy::start(program, &nodes, destination, bed.folder(), pins)?
             }
-            _ => {
-                bed = bed.with_agent_program(malla.context("no agent to measure")?);
-                bed.start_agents()?;
-                let pid = |node| bed.agent(node).process().pid();
-                nodes.iter().map(|node| pid(node)).collect()
-            }
+            _ => Vec::new(),
         };
+        if !others.is_empty() {
+            proxies.extend(others.iter().map(Process::pid));
+            destination = nodes[0].addresses()[0];
+            running.extend(others);
+        }
+        if has_agents {
+            let malla = programs.malla.as_ref().context("no agent to measure")?;
+            bed = bed.with_agent_program(malla);
+            bed.start_agents()?;
+            proxies.extend(nodes.iter().map(|node| bed.agent(node).process().pid()));
+        }
         Ok(Self {
-            _programs: programs,
+            _programs: running,
             client,
             web: SocketAddr::new(destination, WEB),
+            http2: SocketAddr::new(destination, HTTP2),
             bulk: SocketAddr::new(destination, BULK),
             proxies,
             pins,
             nodes,
+            has_agents,
             bed,
         })
     }
 
-    /// Captures what passes between the nodes.
-    pub(super) fn capture(&self) -> Result<Capture> {
-        self.bed.capture_wire(&self.nodes[0], &self.nodes[1])
+    /// Captures what passes between the nodes, where there are two.
+    pub(super) fn capture(&self) -> Result<Option<Capture>> {
+        let [client, server] = self.nodes.as_slice() else {
+            return Ok(None);
+        };
+        self.bed.capture_wire(client, server).map(Some)
+    }
+
+    /// Connections that the client's agent has carried, where there is one.
+    pub(super) fn carried(&self) -> Result<Option<f64>> {
+        if !self.has_agents {
+            return Ok(None);
+        }
+        let metrics = self.bed.agent(&self.nodes[0]).metrics()?;
+        Ok(Some(
+            metrics.sum("tcp_open_total", &[("direction", "outbound")]),
+        ))
     }
 }
 
@@ -146,7 +185,9 @@ fn nginx_config(folder: &Path, root: &Path) -> String {
          open_file_cache max=10;\n\
          keepalive_requests 1000000000;\n\
          keepalive_timeout 5m;\n\
-         server {{ listen {WEB} backlog=4096; root {root}; }}\n\
+         server {{\n\
+         listen {WEB} backlog=4096; listen {HTTP2} http2; root {root};\n\
+         }}\n\
          }}\n"
     )
 }

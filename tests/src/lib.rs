@@ -34,6 +34,7 @@ mod bpf_objects;
 mod caller;
 mod capture;
 mod cgroup;
+mod command_line;
 mod crowd;
 mod descriptors;
 mod forwarder;

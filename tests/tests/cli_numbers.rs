@@ -1,0 +1,158 @@
+//! What the command line, the metrics and the access log count is what happened.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
+
+use std::{net::SocketAddr, sync::Arc, thread, time::Duration};
+
+use malla_testbed::{Caller, Fate, Node, PORT, Pod, PodSpec, Scene, Testbed, eventually, say};
+use serde_json::Value;
+
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// Calls in threads, and says how many had this fate.
+fn call_many(pod: &Pod, to: SocketAddr, calls: usize, fate: Fate) -> usize {
+    const THREADS: usize = 8;
+    let call = |share: usize| {
+        let caller = Caller::new(pod.netns());
+        (0..share).filter(|_| caller.call(to) == fate).count()
+    };
+    thread::scope(|scope| {
+        let shares = (0..THREADS).map(|thread| (calls + thread) / THREADS);
+        let callers: Vec<_> = shares
+            .map(|share| scope.spawn(move || call(share)))
+            .collect();
+        callers
+            .into_iter()
+            .map(|caller| caller.join().unwrap())
+            .sum()
+    })
+}
+
+/// Lines of an agent's access log of connections that ended with `error`, or in good order.
+fn lines_of(bed: &Testbed, node: &Node, direction: &str, src: &str, error: Option<&str>) -> usize {
+    let log = bed.agent(node).log();
+    let (direction, src) = (
+        format!(" direction=\"{direction}\""),
+        format!(" src.workload=\"{src}\""),
+    );
+    let ended = |line: &&str| match error {
+        Some(error) => line.ends_with(&format!(" error=\"{error}\"")),
+        None => !line.contains(" error="),
+    };
+    log.lines()
+        .filter(|line| line.contains("\tconnection complete\t"))
+        .filter(|line| line.contains(&direction) && line.contains(&src))
+        .filter(ended)
+        .count()
+}
+
+/// The number that `malla edges -o json` has of a pair, secured or for a reason.
+fn edge(edges: &Value, src: &str, reason: Option<&str>) -> u64 {
+    let edges = edges.as_array().unwrap().iter();
+    edges
+        .filter(|edge| edge["src"] == src && edge["dst"] == "server")
+        .filter(|edge| edge["reason"].as_str() == reason)
+        .filter(|edge| edge["secured"] == reason.is_none())
+        .map(|edge| edge["opened"].as_u64().unwrap())
+        .sum()
+}
+
+#[test]
+fn the_numbers_of_ten_thousand_connections_agree_everywhere() {
+    const ECHOED: usize = 8_000;
+    const NOBODY_LISTENS: usize = 1_000;
+    const REFUSED: usize = 1_000;
+    const OPEN: usize = 5;
+    let mut scene = Scene::new("", "mtls: strict").unwrap();
+    let (a, b) = (Arc::clone(&scene.a), Arc::clone(&scene.b));
+    let stranger = scene
+        .bed
+        .pod(&a, PodSpec::new("stranger").unmeshed())
+        .unwrap();
+    let to = SocketAddr::from((scene.server.v4(), PORT));
+    let nowhere = SocketAddr::from((scene.server.v4(), 81));
+    assert_eq!(call_many(&scene.client, to, ECHOED, Fate::Echoed), ECHOED);
+    let refused = call_many(&scene.client, nowhere, NOBODY_LISTENS, Fate::Reset);
+    assert_eq!(refused, NOBODY_LISTENS);
+    assert_eq!(call_many(&stranger, to, REFUSED, Fate::Reset), REFUSED);
+    let mut held: Vec<_> = (0..OPEN)
+        .map(|_| scene.client.connect(to).unwrap())
+        .collect();
+    for stream in &mut held {
+        assert_eq!(say(stream, b"hello"), Fate::Echoed);
+    }
+
+    let number = |count: usize| count as u64;
+    let mut seen = Value::Null;
+    let settled = eventually("the counters of the last connections", LIMIT, || {
+        seen = scene
+            .bed
+            .ask_json(&b, &["stat", "server", "-t", "1ms"])
+            .unwrap();
+        seen[0]["tcpConnections"] == number(OPEN)
+    });
+    settled.unwrap_or_else(|error| panic!("{error}: {seen:#}"));
+    eventually("the client's too", LIMIT, || {
+        let stat = scene
+            .bed
+            .ask_json(&a, &["stat", "client", "--outbound", "-t", "1ms"])
+            .unwrap();
+        stat[0]["tcpConnections"] == number(OPEN)
+    })
+    .unwrap();
+
+    // The client's side.
+    let stat = scene
+        .bed
+        .ask_json(&a, &["stat", "client", "--outbound", "-t", "1ms"])
+        .unwrap();
+    assert_eq!(stat[0]["tcpOpened"], number(ECHOED + NOBODY_LISTENS + OPEN));
+    assert_eq!(stat[0]["tcpClosed"][""], number(ECHOED));
+    assert_eq!(stat[0]["tcpClosed"]["peer_refused"], number(NOBODY_LISTENS));
+    let edges = scene.bed.ask_json(&a, &["edges"]).unwrap();
+    assert_eq!(edge(&edges, "client", None), number(ECHOED + OPEN));
+    assert_eq!(
+        edge(&edges, "client", Some("peer_refused")),
+        number(NOBODY_LISTENS)
+    );
+    let lines = |node, direction, src, error| lines_of(&scene.bed, node, direction, src, error);
+    assert_eq!(lines(&a, "outbound", "client", None), ECHOED);
+    assert_eq!(
+        lines(&a, "outbound", "client", Some("peer_refused")),
+        NOBODY_LISTENS
+    );
+
+    // The server's side.
+    let stat = scene
+        .bed
+        .ask_json(&b, &["stat", "server", "-t", "1ms"])
+        .unwrap();
+    assert_eq!(
+        stat[0]["tcpOpened"],
+        number(ECHOED + NOBODY_LISTENS + REFUSED + OPEN)
+    );
+    let closed = &stat[0]["tcpClosed"];
+    assert_eq!(closed[""], number(ECHOED));
+    assert_eq!(closed["connect_refused"], number(NOBODY_LISTENS));
+    assert_eq!(closed["plaintext_refused"], number(REFUSED));
+    let edges = scene.bed.ask_json(&b, &["edges"]).unwrap();
+    assert_eq!(edge(&edges, "client", None), number(ECHOED + OPEN));
+    assert_eq!(
+        edge(&edges, "client", Some("connect_refused")),
+        number(NOBODY_LISTENS)
+    );
+    assert_eq!(
+        edge(&edges, "stranger", Some("plaintext_refused")),
+        number(REFUSED)
+    );
+    assert_eq!(edge(&edges, "stranger", Some("no_tls_from_remote")), 0);
+    assert_eq!(lines(&b, "inbound", "client", None), ECHOED);
+    assert_eq!(
+        lines(&b, "inbound", "client", Some("connect_refused")),
+        NOBODY_LISTENS
+    );
+    assert_eq!(
+        lines(&b, "inbound", "stranger", Some("plaintext_refused")),
+        REFUSED
+    );
+}

@@ -1,21 +1,86 @@
 //! What the command line says of a healthy, a degraded and a dead agent, as a user sees it.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
+
 use std::{fs, sync::Arc, time::Duration};
 
-use malla_testbed::{Fate, PORT, Scene, binary, eventually};
+use malla_testbed::{Fate, Node, PORT, Scene, binary, eventually};
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Commands that ask the agent.
-const ASKING: [&[&str]; 6] = [
-    &["edges"],
-    &["stat"],
-    &["diagnostics", "metrics"],
-    &["diagnostics", "config"],
-    &["diagnostics", "ledger"],
-    &["check"],
+/// Commands that ask an agent, in the [`scene`]. Those that print JSON alone are marked so.
+const ASKING: [(&[&str], Form); 9] = [
+    (&["check"], Form::Both),
+    (&["edges"], Form::Both),
+    (&["endpoints"], Form::Both),
+    (&["explain", "client", "web:80"], Form::Both),
+    (&["stat"], Form::Both),
+    (&["diagnostics", "metrics"], Form::Text),
+    (&["diagnostics", "config"], Form::Json),
+    (&["diagnostics", "ledger"], Form::Both),
+    (&["version"], Form::Text),
 ];
+
+/// In which form a command prints.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Text,
+    Json,
+    /// As a table, and with `-o json` as JSON.
+    Both,
+}
+
+/// A scene whose server is behind the Service `web`.
+fn scene() -> Scene {
+    let mut scene = Scene::new("", "").unwrap();
+    let v4 = scene.server.v4();
+    let web = format!(
+        "addresses: [10.96.0.10]\nports: [{{port: 80, targetPort: {PORT}}}]\n\
+         endpoints: [{{addresses: [{v4}]}}]"
+    );
+    scene.bed.service("web", web).unwrap();
+    for node in [&scene.a, &scene.b] {
+        eventually("the Service", LIMIT, || {
+            let config = node.config();
+            config.is_ok_and(|config| config["services"][0]["service"] == "default/web")
+        })
+        .unwrap();
+    }
+    scene
+}
+
+/// That every command but those of `except` answers, in each of its forms.
+fn assert_answers(node: &Node, except: &[&str]) {
+    let socket = node.config_socket().display().to_string();
+    let asked = ASKING
+        .iter()
+        .filter(|(command, _)| !except.contains(&command[0]));
+    for (command, form) in asked {
+        let answer = |more: &[&str]| {
+            let line = [*command, &["--socket", &socket], more].concat();
+            let told = node.malla(&line).unwrap().succeeded();
+            let told = told.unwrap_or_else(|error| panic!("{line:?}: {error:#}"));
+            assert!(!told.is_empty(), "{line:?}");
+            told
+        };
+        let json = match form {
+            Form::Text => {
+                answer(&[]);
+                continue;
+            }
+            Form::Json => answer(&[]),
+            Form::Both => {
+                let table = answer(&[]);
+                let parsed = serde_json::from_str::<Value>(&table);
+                assert!(parsed.is_err(), "{command:?}: {table}");
+                answer(&["-o", "json"])
+            }
+        };
+        let parsed = serde_json::from_str::<Value>(&json);
+        parsed.unwrap_or_else(|error| panic!("{command:?}: {error}: {json}"));
+    }
+}
 
 /// The lines that a check which doesn't hold is told with: itself, the reason, the fix.
 fn fault<'a>(check: &'a str, what: &str) -> Vec<&'a str> {
@@ -29,7 +94,7 @@ fn fault<'a>(check: &'a str, what: &str) -> Vec<&'a str> {
 
 #[test]
 fn a_healthy_agent_passes_every_check_and_answers_every_command() {
-    let scene = Scene::new("", "").unwrap();
+    let scene = scene();
     let caller = scene.client.caller();
     assert_eq!(caller.call((scene.server.v4(), PORT)), Fate::Echoed);
     eventually("the first audit", LIMIT, || {
@@ -37,6 +102,7 @@ fn a_healthy_agent_passes_every_check_and_answers_every_command() {
         config.is_ok_and(|config| !config["audit"]["lastWhole"].is_null())
     })
     .unwrap();
+    assert_answers(&scene.a, &[]);
 
     let check = scene.bed.ask(&scene.a, &["check"]).unwrap();
     assert!(!check.contains('×') && !check.contains('\x1b'), "{check}");
@@ -101,7 +167,7 @@ fn a_healthy_agent_passes_every_check_and_answers_every_command() {
 
 #[test]
 fn a_degraded_agent_fails_the_check_with_reason_and_fix_and_answers_all_else() {
-    let mut scene = Scene::new("", "").unwrap();
+    let mut scene = scene();
     let b = Arc::clone(&scene.b);
     assert!(scene.bed.agent(&b).stop().unwrap().success());
     let _app = scene.server.echo(15008).unwrap();
@@ -111,6 +177,7 @@ fn a_degraded_agent_fails_the_check_with_reason_and_fix_and_answers_all_else() {
         config.is_ok_and(|config| config["workloads"][0]["degraded"][0]["reason"] == "mesh_port")
     })
     .unwrap();
+    assert_answers(&scene.b, &["check"]);
     // And a mesh file that the agents refuse.
     scene.bed.write_mesh_text("nodes: 5").unwrap();
     eventually("the refusal", LIMIT, || {
@@ -138,21 +205,20 @@ fn a_degraded_agent_fails_the_check_with_reason_and_fix_and_answers_all_else() {
         "{in_force:?}"
     );
 
-    for command in ASKING.into_iter().filter(|command| *command != ["check"]) {
-        scene
-            .b
-            .malla(&[command, &which[..]].concat())
-            .unwrap()
-            .succeeded()
-            .unwrap();
-    }
+    // What explains by the file says what is wrong with it.
+    assert_answers(&scene.b, &["check", "explain"]);
+    let explain = ["explain", "client", "web:80", "--socket", &socket];
+    let explain = scene.b.malla(&explain).unwrap();
+    assert_eq!(explain.status.code(), Some(1));
+    let said = &explain.stderr;
+    assert!(said.contains("nodes: expected a list"), "{said}");
 }
 
 #[test]
 fn a_dead_agent_is_one_line_with_the_fix_and_a_failure() {
-    let scene = Scene::new("", "").unwrap();
+    let scene = scene();
     scene.bed.agent(&scene.a).kill9();
-    for command in ASKING.into_iter().chain([&["version"][..]]) {
+    for (command, _) in ASKING {
         let output = scene.bed.try_ask(&scene.a, command).unwrap();
         assert_eq!(output.status.code(), Some(1), "{command:?}");
         let (lines, told) = match command {
@@ -181,54 +247,58 @@ fn a_dead_agent_is_one_line_with_the_fix_and_a_failure() {
 
 #[test]
 fn arguments_that_mean_nothing_are_refused_with_what_would() {
-    let scene = Scene::new("", "").unwrap();
+    let scene = scene();
     let config = scene.bed.mesh_path().display().to_string();
-    for (arguments, code, said) in [
-        (vec!["nonsense"], 2, "unrecognized subcommand"),
-        (vec!["edges", "-o", "yaml"], 2, "table, wide, json"),
-        (vec!["stat", "-t", "soon"], 2, "--time-window"),
-        (vec!["diagnostics"], 2, "ledger"),
-        (vec!["completion", "dos"], 2, "bash"),
-        (vec!["explain", "client"], 2, "<DST:PORT>"),
+    let of_a = ["--config", &config, "--node", "a"];
+    let of_nobody = ["--socket", "/nowhere.sock"];
+    for (command, more, code, said) in [
+        ("nonsense", &[][..], 2, "unrecognized subcommand"),
+        ("check -o yaml", &[], 2, "table, json"),
+        ("check", &["--config", &config], 1, "--node"),
+        ("edges -o yaml", &[], 2, "table, wide, json"),
+        ("edges surplus", &of_a, 2, "'surplus'"),
+        ("edges", &["--node"], 2, "--node <NAME>"),
+        ("endpoints -o wide", &of_a, 2, "table, json"),
+        ("endpoints db", &of_a, 1, "no Service db"),
+        ("endpoints shop/web", &of_a, 1, "no Service shop/web"),
+        ("endpoints", &["--config", &config], 1, "--node"),
+        ("explain client", &[], 2, "<DST:PORT>"),
+        ("explain client server", &of_a, 1, "DST:PORT"),
+        ("explain client server:0", &of_a, 1, "1 to 65535"),
+        ("explain nobody server:80", &of_a, 1, "`nobody`"),
+        ("explain client nobody:80", &of_a, 1, "`nobody`"),
+        ("explain client web:80 -o yaml", &of_a, 2, "table, json"),
+        ("explain client web:80", &of_nobody, 1, "--config"),
+        ("stat", &["--config", &config], 1, "--node"),
+        ("stat --node z", &["--config", &config], 1, "[\"a\", \"b\"]"),
         (
-            vec!["explain", "client", "server", "--config", &config],
-            1,
-            "DST:PORT",
-        ),
-        (
-            vec!["explain", "client", "server:0", "--config", &config],
-            1,
-            "1 to 65535",
-        ),
-        (
-            vec!["explain", "nobody", "server:80", "--config", &config],
-            1,
-            "`nobody`",
-        ),
-        (vec!["stat", "--config", &config], 1, "--node"),
-        (
-            vec!["stat", "--config", &config, "--node", "z"],
-            1,
-            "[\"a\", \"b\"]",
-        ),
-        (
-            vec!["stat", "--config", "/nowhere.yaml"],
+            "stat",
+            &["--config", "/nowhere.yaml"],
             1,
             "can't read /nowhere.yaml",
         ),
-        (
-            vec!["stat", "--config", &config, "--node", "a", "no-pod"],
-            1,
-            "no pod no-pod",
-        ),
+        ("stat no-pod", &of_a, 1, "no pod no-pod"),
+        ("stat -t soon", &[], 2, "--time-window"),
+        ("diagnostics", &[], 2, "ledger"),
+        ("diagnostics metric", &of_a, 2, "metrics"),
+        ("diagnostics metrics", &of_nobody, 1, "/nowhere.sock"),
+        ("diagnostics config surplus", &of_a, 2, "'surplus'"),
+        ("diagnostics ledger -o yaml", &of_a, 2, "table, json"),
+        ("version --shrt", &[], 2, "--short"),
+        ("schema surplus", &[], 2, "'surplus'"),
+        ("completion dos", &[], 2, "bash"),
+        ("man", &[], 2, "<DIR>"),
+        ("man /proc/no-folder", &[], 1, "/proc/no-folder"),
     ] {
+        let arguments: Vec<&str> = command.split(' ').chain(more.iter().copied()).collect();
         let output = scene.a.malla(&arguments).unwrap();
         assert_eq!(output.status.code(), Some(code), "{arguments:?}");
-        assert!(
-            output.stderr.contains(said),
-            "{arguments:?}: {}",
-            output.stderr
-        );
+        // A check tells what is wrong among what it checks.
+        let told = match command {
+            "check" => output.stdout,
+            _ => output.stderr,
+        };
+        assert!(told.contains(said), "{arguments:?}: {told}");
     }
     let socket = scene.a.config_socket().display().to_string();
     let program = binary("malla").unwrap().display().to_string();

@@ -46,19 +46,16 @@ impl Location {
         };
         Ok(Client {
             socket,
-            start: self.start_command(),
+            start: start_command(self.config.as_deref(), self.node.as_deref()),
         })
     }
+}
 
-    /// How the user starts this agent.
-    fn start_command(&self) -> String {
-        let config = self
-            .config
-            .as_ref()
-            .map_or_else(|| "FILE".to_owned(), |config| config.display().to_string());
-        let node = self.node.as_deref().unwrap_or("NAME");
-        format!("malla agent --config {config} --node {node}")
-    }
+/// How the user starts an agent.
+fn start_command(config: Option<&Path>, node: Option<&str>) -> String {
+    let config = config.map_or_else(|| "FILE".to_owned(), |config| config.display().to_string());
+    let node = node.unwrap_or("NAME");
+    format!("malla agent --config {config} --node {node}")
 }
 
 /// The socket of a node of the mesh file, which may be bad in other places.
@@ -126,11 +123,11 @@ pub(super) struct Answer {
 }
 
 impl Client {
-    /// The agent of a node of the mesh file.
-    pub(super) fn of_node(node: &Node) -> Self {
+    /// The agent of a node of the mesh file, which is `config` where that is known.
+    pub(super) fn of_node(node: &Node, config: Option<&Path>) -> Self {
         Self {
             socket: node.runtime.join(SOCKET_NAME),
-            start: format!("malla agent --config FILE --node {}", node.name),
+            start: start_command(config, Some(&node.name)),
         }
     }
 

@@ -10,7 +10,7 @@ mod past;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::SystemTime,
 };
@@ -75,7 +75,8 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let (destination, port) = End::parse_with_port(&mesh, &arguments.destination)?;
     let (from, to) = pair(&source, &destination, port);
 
-    let clients = clients(&mesh, [&source, &destination], asked);
+    let file = arguments.agent.config.as_deref();
+    let clients = clients(&mesh, file, [&source, &destination], asked);
     let states: BTreeMap<String, AgentState> = clients
         .iter()
         .map(|(node, client)| (node.clone(), state(client)))
@@ -157,6 +158,7 @@ fn known(location: &Location) -> anyhow::Result<(Mesh, Option<(String, Client)>)
 /// The agents of both ends' nodes, by node.
 fn clients(
     mesh: &Mesh,
+    file: Option<&Path>,
     ends: [&End; 2],
     asked: Option<(String, Client)>,
 ) -> BTreeMap<String, Client> {
@@ -167,7 +169,7 @@ fn clients(
         .collect();
     let nodes = nodes.into_iter().filter_map(|name| mesh.nodes.get(name));
     let mut clients: BTreeMap<String, Client> = nodes
-        .map(|node| (node.name.clone(), Client::of_node(node)))
+        .map(|node| (node.name.clone(), Client::of_node(node, file)))
         .collect();
     if let Some((node, client)) = asked {
         clients.entry(node).and_modify(|other| *other = client);

@@ -1,100 +1,18 @@
 //! Connections to a Service's address, balanced over its endpoints.
 
-#![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    sync::Arc,
-    time::Duration,
+use malla_testbed::{
+    Fate, PORT, Pod, PodSpec, Services, Testbed, WEB, WEB_PORT, eventually, say,
+    service_address as address,
 };
 
-use malla_testbed::{EchoApp, Fate, Node, PORT, Pod, PodSpec, Testbed, eventually, say};
-
-/// The cluster addresses of the Service `web`.
-const WEB: [&str; 2] = ["10.96.0.10", "fd96::10"];
-const WEB_PORT: u16 = 80;
-
-/// A client on node `a` and endpoints of the Service `web`, with its app on each, on both nodes in
-/// turn, beginning with `b`.
-struct Services {
-    bed: Testbed,
-    nodes: [Arc<Node>; 2],
-    client: Arc<Pod>,
-    endpoints: Vec<Arc<Pod>>,
-    apps: Vec<EchoApp>,
-}
-
-impl Services {
-    fn new(endpoints: usize) -> Self {
-        let mut bed = Testbed::new("services").unwrap();
-        let nodes = ["a", "b"].map(|name| bed.node(name).unwrap());
-        let client = bed.pod(&nodes[0], PodSpec::new("client")).unwrap();
-        let mut services = Self {
-            bed,
-            nodes,
-            client,
-            endpoints: Vec::new(),
-            apps: Vec::new(),
-        };
-        for place in 0..endpoints {
-            services.endpoint(&format!("web-{place}"));
-        }
-        services
-    }
-
-    /// One more endpoint, with its app.
-    fn endpoint(&mut self, name: &str) {
-        let node = Arc::clone(&self.nodes[(self.endpoints.len() + 1) % 2]);
-        self.endpoint_like(&node, PodSpec::new(name));
-    }
-
-    fn endpoint_like(&mut self, node: &Arc<Node>, spec: PodSpec) {
-        let spec = spec.label("app", "web").named_port("http", PORT);
-        let pod = self.bed.pod(node, spec).unwrap();
-        self.apps.push(pod.echo(PORT).unwrap());
-        self.endpoints.push(pod);
-    }
-
-    /// The Service over all pods with the label, with more fields as lines of YAML.
-    fn web(&mut self, fields: &str) {
-        let yaml = format!(
-            "addresses: [{}, \"{}\"]\n\
-             ports: [{{port: {WEB_PORT}, targetPort: http}}]\n\
-             selector: {{app: web}}\n{fields}",
-            WEB[0], WEB[1]
-        );
-        self.bed.service("web", yaml).unwrap();
-    }
-
-    /// The Service over these pods alone.
-    fn web_over(&mut self, pods: &[&Pod]) {
-        let endpoints = pods.iter().map(|pod| {
-            let [v4, v6] = [IpAddr::from(pod.v4()), pod.v6().into()];
-            format!("- addresses: [{v4}, \"{v6}\"]\n")
-        });
-        let endpoints = endpoints.collect::<Vec<_>>().concat();
-        let yaml = format!(
-            "addresses: [{}, \"{}\"]\n\
-             ports: [{{port: {WEB_PORT}, targetPort: {PORT}}}]\n\
-             endpoints:\n{endpoints}",
-            WEB[0], WEB[1]
-        );
-        self.bed.service("web", yaml).unwrap();
-    }
-
-    fn accepted(&self) -> Vec<usize> {
-        self.apps.iter().map(EchoApp::accepted).collect()
-    }
-}
-
-fn address(ip: &str) -> SocketAddr {
-    SocketAddr::new(ip.parse().unwrap(), WEB_PORT)
-}
+const LIMIT: Duration = Duration::from_secs(10);
 
 #[test]
 fn connections_are_balanced_over_the_endpoints_of_both_families() {
-    let mut services = Services::new(3);
-    services.web("");
+    let mut services = Services::new(3).unwrap();
+    services.web("").unwrap();
     services.bed.start_agents().unwrap();
     for ip in WEB {
         let before = services.accepted();
@@ -121,7 +39,7 @@ fn connections_are_balanced_over_the_endpoints_of_both_families() {
     ];
     assert_eq!(metrics.sum("tcp_open_total", &labels).to_string(), "60");
     let line = "dst.service=\"web.default.svc.cluster.local\"";
-    eventually("lines of the access log", Duration::from_secs(10), || {
+    eventually("lines of the access log", LIMIT, || {
         let log = services.bed.agent(node).log();
         log.matches(line).count() == 60
     })
@@ -130,8 +48,8 @@ fn connections_are_balanced_over_the_endpoints_of_both_families() {
 
 #[test]
 fn an_endpoint_that_fails_is_passed_by() {
-    let mut services = Services::new(3);
-    services.web("");
+    let mut services = Services::new(3).unwrap();
+    services.web("").unwrap();
     services.bed.start_agents().unwrap();
     // Its app is gone, and discovery doesn't know.
     services.apps.remove(1);
@@ -149,18 +67,19 @@ fn an_endpoint_that_fails_is_passed_by() {
 
 #[test]
 fn a_pod_calls_its_own_service_and_an_unmeshed_endpoint_and_one_by_its_own_address() {
-    let mut services = Services::new(1);
+    let mut services = Services::new(1).unwrap();
     let node = Arc::clone(&services.nodes[0]);
-    services.endpoint_like(&node, PodSpec::new("stranger").unmeshed());
-    services.web("");
+    let stranger = PodSpec::new("stranger").unmeshed();
+    services.endpoint(&node, stranger).unwrap();
+    services.web("").unwrap();
     services.bed.start_agents().unwrap();
     let pods = services.endpoints.clone();
     for ip in WEB {
         for only in 0..2 {
-            services.web_over(&[&*pods[only]]);
+            services.web_over(&[&*pods[only]]).unwrap();
             for client in [&pods[0], &services.client] {
                 let before = services.apps[only].accepted();
-                eventually("the only endpoint", Duration::from_secs(10), || {
+                eventually("the only endpoint", LIMIT, || {
                     client.caller().call(address(ip)) == Fate::Echoed
                         && services.apps[only].accepted() > before
                 })
@@ -178,36 +97,50 @@ fn a_pod_calls_its_own_service_and_an_unmeshed_endpoint_and_one_by_its_own_addre
 
 /// As linkerd/linkerd2#10406 has it: a client that was idle meanwhile finds those that came.
 #[test]
-fn endpoints_are_replaced_under_a_long_connection_and_an_idle_client() {
-    let mut services = Services::new(3);
+fn endpoints_are_replaced_under_long_connections_and_an_idle_client() {
+    let mut services = Services::new(3).unwrap();
     let pods = services.endpoints.clone();
-    services.web_over(&[&*pods[0]]);
+    let all: Vec<&Pod> = pods.iter().map(AsRef::as_ref).collect();
+    services.web_over(&all).unwrap();
     services.bed.start_agents().unwrap();
-    let mut long = services.client.connect(address(WEB[0])).unwrap();
-    assert_eq!(say(&mut long, b"hello"), Fate::Echoed);
-    let limit = Duration::from_secs(10);
-    for turn in 0..100 {
+    // Through tunnels and through memory, by both families, to those that go and those that stay.
+    let both = WEB.iter().cycle().take(12);
+    let mut long: Vec<_> = both
+        .map(|ip| services.client.connect(address(ip)).unwrap())
+        .collect();
+    let mut all_echo = |turn: usize| {
+        for stream in &mut long {
+            assert_eq!(say(stream, b"hello again"), Fate::Echoed, "{turn}");
+        }
+    };
+    all_echo(0);
+    let first = services.accepted();
+    assert!(first.iter().all(|accepted| *accepted > 0), "{first:?}");
+    for turn in 1..=100 {
         let place = 1 + turn % 2;
-        services.web_over(&[&*pods[place]]);
-        eventually("the other endpoint", limit, || {
+        services.web_over(&[&*pods[place]]).unwrap();
+        eventually("the other endpoint", LIMIT, || {
             let before = services.apps[place].accepted();
             assert_eq!(services.client.caller().call(address(WEB[0])), Fate::Echoed);
             services.apps[place].accepted() > before
         })
         .unwrap();
-        assert_eq!(say(&mut long, b"hello again"), Fate::Echoed, "{turn}");
+        all_echo(turn);
     }
-    let first = services.apps[0].accepted();
     let fates = [(); 5].map(|()| services.client.caller().call(address(WEB[0])));
     assert_eq!(fates, [Fate::Echoed; 5]);
-    assert_eq!(services.apps[0].accepted(), first);
-    assert_eq!(say(&mut long, b"still there"), Fate::Echoed);
+    all_echo(101);
+    // The first change has taken it away, and none has brought it back.
+    let between = services.apps[0].accepted() - first[0];
+    assert!(between < 5, "{between}");
 }
 
 #[test]
 fn a_client_keeps_its_endpoint_where_the_service_says_so() {
-    let mut services = Services::new(3);
-    services.web("sessionAffinity: ClientIP\nsessionAffinityTimeout: 1h");
+    let mut services = Services::new(3).unwrap();
+    services
+        .web("sessionAffinity: ClientIP\nsessionAffinityTimeout: 1h")
+        .unwrap();
     services.bed.start_agents().unwrap();
     for ip in WEB {
         let before = services.accepted();
@@ -223,34 +156,47 @@ fn a_client_keeps_its_endpoint_where_the_service_says_so() {
 /// As istio's release note 60423 has it: what one Service publishes, another one doesn't.
 #[test]
 fn endpoints_that_are_not_ready_are_published_by_each_service_for_itself() {
-    let mut services = Services::new(1);
-    let [v4, v6] = [
-        services.endpoints[0].v4().to_string(),
-        services.endpoints[0].v6().to_string(),
-    ];
-    let fields = |ip: &str, publish: bool| {
+    const OTHER: &str = "10.96.0.11";
+    let mut services = Services::new(2).unwrap();
+    let pods = services.endpoints.clone();
+    let fields = |ip: &str, pod: usize, publish: bool| {
+        let [v4, v6] = [pods[pod].v4().to_string(), pods[pod].v6().to_string()];
         format!(
             "addresses: [{ip}]\nports: [{{port: {WEB_PORT}, targetPort: http}}]\n\
-             publishNotReadyAddresses: {publish}\n\
+             publishNotReadyAddresses: {publish}\ntrafficDistribution: PreferClose\n\
              endpoints:\n- {{addresses: [{v4}, \"{v6}\"], ready: false}}\n"
         )
     };
-    let bed = &mut services.bed;
-    bed.service("web", fields(WEB[0], false)).unwrap();
-    bed.service("peers", fields("10.96.0.11", true)).unwrap();
-    bed.start_agents().unwrap();
-    let caller = services.client.caller();
-    assert_eq!(caller.call(address("10.96.0.11")), Fate::Echoed);
-    assert_ne!(caller.call(address(WEB[0])), Fate::Echoed);
-    assert_eq!(services.accepted(), [1]);
+    let publish = |bed: &mut Testbed, [web, peers]: [bool; 2]| {
+        bed.untold(|bed| bed.service("web", fields(WEB[0], 0, web)))
+            .unwrap();
+        bed.service("peers", fields(OTHER, 1, peers)).unwrap();
+    };
+    publish(&mut services.bed, [false, true]);
+    services.bed.start_agents().unwrap();
+    for flags in [[false, true], [true, false]] {
+        publish(&mut services.bed, flags);
+        for (ip, published) in [WEB[0], OTHER].into_iter().zip(flags) {
+            let expected = if published {
+                Fate::Echoed
+            } else {
+                Fate::Refused
+            };
+            let caller = services.client.caller();
+            let becomes = || caller.call(address(ip)) == expected;
+            eventually(&format!("{ip}: {flags:?}"), LIMIT, becomes).unwrap();
+            assert_eq!(caller.call(address(ip)), expected);
+        }
+    }
+    assert!(services.accepted().iter().all(|accepted| *accepted >= 2));
 }
 
 /// As cilium/cilium#36427 has it.
 #[test]
 fn one_source_port_is_connected_to_a_service_and_the_pod_behind_it() {
     const SOURCE: u16 = 45_000;
-    let mut services = Services::new(1);
-    services.web("");
+    let mut services = Services::new(1).unwrap();
+    services.web("").unwrap();
     services.bed.start_agents().unwrap();
     let caller = services.client.caller();
     let source = SocketAddr::new(services.client.v4().into(), SOURCE);
@@ -266,14 +212,19 @@ fn one_source_port_is_connected_to_a_service_and_the_pod_behind_it() {
 #[test]
 fn a_service_without_endpoints_and_a_port_that_it_has_not_are_refused_at_once() {
     const AT_ONCE: Duration = Duration::from_millis(200);
-    let mut services = Services::new(1);
-    services.endpoint_like(
-        &Arc::clone(&services.nodes[0]),
-        PodSpec::new("open").settings("failMode: open\nskipOutboundSubnets: [10.96.0.99/32]"),
-    );
-    services.web("");
-    let none = "addresses: [10.96.0.99, \"fd96::99\"]\nports: [{port: 80}]\nselector: {app: none}";
-    services.bed.service("none", none).unwrap();
+    let mut services = Services::new(1).unwrap();
+    let node = Arc::clone(&services.nodes[0]);
+    let open = "failMode: open\nskipOutboundSubnets: [10.96.0.99/32]";
+    let open = PodSpec::new("open").settings(open);
+    services.endpoint(&node, open).unwrap();
+    services.web("").unwrap();
+    let selecting = |selector: &str| {
+        format!(
+            "addresses: [10.96.0.99, \"fd96::99\"]\n\
+             ports: [{{port: 80, targetPort: http}}]\nselector: {{app: {selector}}}"
+        )
+    };
+    services.bed.service("none", selecting("none")).unwrap();
     services.bed.start_agents().unwrap();
     let caller = services.client.caller();
     let undefined = |ip: &str| SocketAddr::new(ip.parse().unwrap(), 81);
@@ -303,24 +254,19 @@ fn a_service_without_endpoints_and_a_port_that_it_has_not_are_refused_at_once() 
     assert_eq!(counted(), ["2", "2"]);
 
     // With the first endpoint it opens, with the last one it closes.
-    let refused = Duration::from_secs(5);
     for (selector, fate) in [("web", Fate::Echoed), ("none", Fate::Refused)] {
-        let yaml = format!(
-            "addresses: [10.96.0.99, \"fd96::99\"]\n\
-             ports: [{{port: 80, targetPort: http}}]\nselector: {{app: {selector}}}"
-        );
-        services.bed.service("none", yaml).unwrap();
+        services.bed.service("none", selecting(selector)).unwrap();
         let caller = services.client.caller();
         for to in [address("10.96.0.99"), address("fd96::99")] {
-            eventually("another selector", refused, || caller.call(to) == fate).unwrap();
+            eventually("another selector", LIMIT, || caller.call(to) == fate).unwrap();
         }
     }
 }
 
 #[test]
 fn the_configuration_tells_each_endpoint_and_its_state() {
-    let mut services = Services::new(2);
-    services.web("trafficDistribution: PreferClose");
+    let mut services = Services::new(2).unwrap();
+    services.web("trafficDistribution: PreferClose").unwrap();
     services.bed.start_agents().unwrap();
     let mut stream = services.client.connect(address(WEB[0])).unwrap();
     assert_eq!(say(&mut stream, b"hello"), Fate::Echoed);

@@ -144,19 +144,24 @@ fn legs_say_how_they_are_secured(pair: &Pair, reporter: &Reporter, metrics: &Met
 /// As istio/istio#52060 has it, where counters moved only when connections closed.
 fn counters_move_while_a_connection_lives(pair: &Pair) {
     let (client, server) = pair.connection().unwrap();
+    let idle = pair.connection().unwrap();
     for turn in 1..=3 {
         payload::send(&client, turn, 100 * KIB).unwrap();
         payload::receive(&server, turn, 100 * KIB).unwrap();
         let read = 100 * KIB * usize::try_from(turn).unwrap();
-        let expected = [1.0, 1.0, 0.0, number(read)];
+        let expected = [2.0, 2.0, 0.0, number(read)];
         for reporter in reporters(pair) {
             wait_for(&reporter, "src", expected);
-            wait_for(&reporter, "dst", [1.0, 1.0, 0.0, 0.0]);
+            wait_for(&reporter, "dst", [2.0, 2.0, 0.0, 0.0]);
         }
     }
     converse(&client, &server, 0, 0);
     for reporter in reporters(pair) {
-        wait_for(&reporter, "src", [0.0, 1.0, 1.0, number(300 * KIB)]);
+        wait_for(&reporter, "src", [1.0, 2.0, 1.0, number(300 * KIB)]);
+    }
+    converse(&idle.0, &idle.1, 0, 0);
+    for reporter in reporters(pair) {
+        wait_for(&reporter, "src", [0.0, 2.0, 2.0, number(300 * KIB)]);
     }
 }
 

@@ -16,8 +16,8 @@ use std::{
 };
 
 use malla_testbed::{
-    EchoApp, Fate, Node, PATIENCE, PORT, Pair, Pod, PodSpec, Testbed, Way, dial_from, eventually,
-    listen, say,
+    EchoApp, Fate, Node, PATIENCE, PORT, Pair, Pod, PodSpec, Testbed, WEB, WEB_PORT, Way,
+    dial_from, eventually, listen, say, service_address,
 };
 use socket2::SockRef;
 
@@ -30,7 +30,7 @@ struct Banner {
     name: Vec<u8>,
 }
 
-/// Two servers of the mesh and two beside it, on both nodes.
+/// Two servers of the mesh and two beside it, on both nodes, and one behind a Service.
 fn banners(bed: &mut Testbed, nodes: &[Arc<Node>; 2]) -> Vec<Banner> {
     let specs = [true, false].map(|meshed| {
         let spec = |name| PodSpec::new(format!("{name}-{meshed}"));
@@ -41,8 +41,10 @@ fn banners(bed: &mut Testbed, nodes: &[Arc<Node>; 2]) -> Vec<Banner> {
             specs.map(PodSpec::unmeshed)
         }
     });
+    let behind = PodSpec::new("behind").label("app", "behind");
+    let specs = specs.into_iter().flatten().chain([behind]);
     let mut banners = Vec::new();
-    for (spec, node) in specs.into_iter().flatten().zip(nodes.iter().cycle()) {
+    for (spec, node) in specs.zip(nodes.iter().rev().cycle()) {
         let pod = bed.pod(node, spec).unwrap();
         let listener = listen(&pod, PORT).unwrap();
         let name = pod.name().as_bytes().to_vec();
@@ -58,6 +60,14 @@ fn banners(bed: &mut Testbed, nodes: &[Arc<Node>; 2]) -> Vec<Banner> {
         let addresses = addresses.map(|ip| SocketAddr::new(*ip, PORT)).collect();
         banners.push(Banner { addresses, name });
     }
+    let [v4, v6] = WEB;
+    let service = format!(
+        "addresses: [{v4}, \"{v6}\"]\nports: [{{port: {WEB_PORT}, targetPort: {PORT}}}]\n\
+         selector: {{app: behind}}"
+    );
+    bed.service("banner", service).unwrap();
+    let behind = banners.last_mut().unwrap();
+    behind.addresses = WEB.map(service_address).to_vec();
     banners
 }
 

@@ -328,16 +328,24 @@ impl Agent {
             &self.pods,
             served.clone(),
         );
-        let (tunnels, ended) = (self.pods.workers.tunnels(), self.pods.workers.ended());
+        let workers = &self.pods.workers;
+        let (tunnels, neighbours) = (workers.tunnels(), workers.neighbours());
+        let ended = workers.ended();
         let account = self.reconciler.account(served);
         let age = self.reconciler.persistence();
         let mesh = Arc::clone(&self.shared.mesh.borrow());
         let balance = self.shared.balance.clone();
         tokio::spawn(async move {
-            let (tunnels, ended, account) = tokio::join!(tunnels, ended, account);
+            let (tunnels, neighbours, ended, account) =
+                tokio::join!(tunnels, neighbours, ended, account);
+            let carried = config::Carried {
+                tunnels,
+                neighbours,
+                ended,
+            };
             let services = config::services(&mesh, &balance);
             // Who asked may be gone.
-            let _ = request.send(sections.complete(&tunnels, &ended, account, age, services));
+            let _ = request.send(sections.complete(&carried, account, age, services));
         });
     }
 

@@ -186,3 +186,60 @@ fn a_runtime_folder_that_is_a_link_is_refused_before_the_pods_are_touched() {
     fs::remove_file(&folder).unwrap();
     scene.bed.start_agent(&node).unwrap();
 }
+
+#[test]
+fn it_tells_the_probes_of_a_pod_and_where_they_come_from() {
+    let mut scene = Scene::new("", "").unwrap();
+    let node = Arc::clone(&scene.b);
+    let probed = PodSpec::new("probed")
+        .named_port("http", PORT)
+        .probe("httpGet: {path: \"/healthz?x=1\", port: http}")
+        .probe("tcpSocket: {port: 5432}")
+        .probe("grpc: {port: 9090, service: ready}");
+    scene.bed.pod(&node, probed).unwrap();
+    let config = wait_until(&node, "the probed pod", |config| {
+        config["workloads"][0]["workload"] == "default/probed"
+    });
+    let [probed, server] = [&config["workloads"][0], &config["workloads"][1]];
+    assert_eq!(
+        probed["probes"],
+        serde_json::json!([
+            {"httpGet": {"path": "/healthz?x=1", "port": PORT}},
+            {"tcpSocket": {"port": 5432}},
+            {"grpc": {"port": 9090, "service": "ready"}},
+        ])
+    );
+    let from = node.addresses().map(|address| address.to_string());
+    assert_eq!(probed["probesFrom"], serde_json::json!(from));
+    assert_eq!(server["probes"], serde_json::json!([]));
+}
+
+#[test]
+fn it_tells_the_pairs_of_one_node_and_what_the_network_says_of_them() {
+    let mut scene = Scene::new("", "").unwrap();
+    let node = Arc::clone(&scene.b);
+    let caller = scene.bed.pod(&node, PodSpec::new("beside")).unwrap();
+    wait_until(&node, "the pod beside", |config| {
+        config["workloads"].as_array().unwrap().len() == 2
+    });
+    assert_eq!(node.config().unwrap()["neighbours"], serde_json::json!([]));
+    let mut stream = caller.connect((scene.server.v4(), PORT)).unwrap();
+    assert_eq!(say(&mut stream, b"hello"), Fate::Echoed);
+    let pair = |connections: usize| {
+        serde_json::json!([{
+            "source": "default/beside",
+            "destination": "default/server",
+            "address": scene.server.v4().to_string(),
+            "network": "allowed",
+            "takesConnections": true,
+            "connections": connections,
+        }])
+    };
+    let config = node.config().unwrap();
+    assert_eq!(config["neighbours"], pair(1));
+    assert_eq!(config["tunnels"], serde_json::json!([]), "none is needed");
+    drop(stream);
+    wait_until(&node, "the end of the connection", |config| {
+        config["neighbours"] == pair(0)
+    });
+}

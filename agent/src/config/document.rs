@@ -11,6 +11,7 @@ use std::{
 
 use serde::{Serialize, Serializer};
 
+use super::probes::Probe;
 use crate::model::{
     EgressMode, EndpointState, FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange, ServiceId,
     Settings, TrafficDistribution, WorkloadId,
@@ -29,6 +30,8 @@ pub struct Document {
     pub refused: Vec<Refused>,
     pub services: Vec<Service>,
     pub tunnels: Vec<Tunnel>,
+    /// Pods of this node that speak to each other through memory.
+    pub neighbours: Vec<Neighbour>,
     /// The last connections that ended or were refused, the newest first.
     pub ended: Vec<Ended>,
     pub certificates: Certificates,
@@ -75,6 +78,9 @@ pub struct Workload {
     pub interfaces: Vec<Interface>,
     pub listener_ports: ListenerPorts,
     pub settings: SettingsInForce,
+    pub probes: Vec<Probe>,
+    /// Where probes come from: this node's own addresses. Empty without any.
+    pub probes_from: Vec<IpAddr>,
     pub degraded: Vec<Degraded>,
     /// Connections and tunnels that live.
     pub connections: u32,
@@ -244,6 +250,22 @@ pub struct Tunnel {
     pub streams: usize,
     #[serde(serialize_with = "seconds")]
     pub age_seconds: Duration,
+}
+
+/// A pair of pods of this node, of one worker.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Neighbour {
+    pub source: Option<String>,
+    pub destination: Option<String>,
+    /// The destination's that is dialled.
+    pub address: IpAddr,
+    /// What the network says: `asked`, `allowed`, or the reason why the pair is over.
+    pub network: &'static str,
+    /// Whether new connections go through memory. Else they take a tunnel.
+    pub takes_connections: bool,
+    /// Connections that go through memory.
+    pub connections: usize,
 }
 
 /// Connections that ended alike: the same ends, for the same reason.

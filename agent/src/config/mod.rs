@@ -4,6 +4,7 @@
 //! agent's main task for each request: `document` has its shape, `sections` fills it.
 
 mod document;
+mod probes;
 mod sections;
 mod services;
 mod socket;
@@ -27,7 +28,7 @@ use crate::{
 };
 
 pub use document::{Audit, AuditDifference, Document, WholeAudit};
-pub use sections::{MeshStatus, Sections, certificates};
+pub use sections::{Carried, MeshStatus, Sections, certificates};
 pub use services::services;
 pub use socket::{Folder, NAME as SOCKET_NAME};
 

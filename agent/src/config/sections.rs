@@ -12,8 +12,8 @@ use tokio::{task::JoinError, time::Instant};
 
 use super::document::{
     Audit, AuthorityPart, Certificate, Certificates, Degraded, Descriptors, Difference, Document,
-    Ended, Interface, Ledger, ListenerPorts, MeshFile, Refusal, Refused, Service, Sockets,
-    SocketsDifference, Tunnel, Workload, WorkloadLedger,
+    Ended, Interface, Ledger, ListenerPorts, MeshFile, Neighbour, Refusal, Refused, Service,
+    Sockets, SocketsDifference, Tunnel, Workload, WorkloadLedger,
 };
 use crate::{
     discovery::Status,
@@ -69,6 +69,14 @@ impl MeshStatus {
     }
 }
 
+/// What the workers carry and remember.
+#[derive(Debug)]
+pub struct Carried {
+    pub tunnels: Vec<proxy::Tunnel>,
+    pub neighbours: Vec<proxy::Neighbour>,
+    pub ended: Vec<proxy::Ended>,
+}
+
 /// What is known at once.
 pub struct Sections {
     pub node: String,
@@ -112,18 +120,23 @@ impl Sections {
     /// The whole document. `age` says how long a difference has been there.
     pub fn complete(
         self,
-        tunnels: &[proxy::Tunnel],
-        ended: &[proxy::Ended],
+        carried: &Carried,
         account: Result<io::Result<Account>, JoinError>,
         age: impl Fn(&ledger::Difference) -> Duration,
         services: Vec<Service>,
     ) -> Document {
         let account = account.unwrap_or_else(|error| Err(io::Error::other(error)));
-        let mut tunnels: Vec<Tunnel> = tunnels
-            .iter()
-            .map(|told| tunnel(told, &self.served))
-            .collect();
+        let tunnels = carried.tunnels.iter();
+        let mut tunnels: Vec<Tunnel> = tunnels.map(|told| tunnel(told, &self.served)).collect();
         tunnels.sort_by(|a, b| (&a.workload, a.peer).cmp(&(&b.workload, b.peer)));
+        let neighbours = carried.neighbours.iter();
+        let mut neighbours: Vec<Neighbour> = neighbours
+            .map(|told| neighbour(told, &self.served))
+            .collect();
+        neighbours.sort_by(|a, b| {
+            let key = |pair: &Neighbour| (pair.source.clone(), pair.address);
+            key(a).cmp(&key(b))
+        });
         Document {
             node: self.node,
             version: env!("CARGO_PKG_VERSION"),
@@ -133,7 +146,8 @@ impl Sections {
             refused: self.refused,
             services,
             tunnels,
-            ended: last_ended(ended),
+            neighbours,
+            ended: last_ended(&carried.ended),
             certificates: self.certificates,
             ledger: match account {
                 Ok(account) => ledger_section(&account, &self.served, age),
@@ -170,6 +184,8 @@ fn workloads(pods: &Pods) -> Vec<Workload> {
                     mesh: netns.listener_ports.mesh,
                 },
                 settings: (&pod.workload.settings).into(),
+                probes: pod.workload.probes.list.iter().map(Into::into).collect(),
+                probes_from: pod.workload.probes.from.clone(),
                 degraded: pod
                     .enrolment
                     .degradations()
@@ -217,7 +233,18 @@ fn tunnel(told: &proxy::Tunnel, served: &[Served]) -> Tunnel {
     }
 }
 
-/// The ends of what the node's identities hang on.
+fn neighbour(told: &proxy::Neighbour, served: &[Served]) -> Neighbour {
+    let name = |pod| name(pod, served).map(ToString::to_string);
+    Neighbour {
+        source: name(told.source),
+        destination: name(told.destination),
+        address: told.address,
+        network: told.network,
+        takes_connections: told.takes,
+        connections: told.connections,
+    }
+}
+
 /// Those of all workers together: what ended alike on several is told once.
 fn last_ended(ended: &[proxy::Ended]) -> Vec<Ended> {
     let mut together: HashMap<_, proxy::Ended> = HashMap::new();
@@ -246,6 +273,7 @@ fn last_ended(ended: &[proxy::Ended]) -> Vec<Ended> {
         .collect()
 }
 
+/// The ends of what the node's identities hang on.
 pub fn certificates(certificates: &identity::Certificates) -> Certificates {
     let mut workloads: Vec<_> = certificates
         .expirations()

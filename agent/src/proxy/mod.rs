@@ -35,6 +35,7 @@ use std::net::SocketAddr;
 
 pub use balance::Balance;
 pub use ended::Ended;
+pub use neighbours::Neighbour;
 pub use pod::PodConnections;
 pub use tunnels::Tunnel;
 pub use workers::{Shared, Workers};

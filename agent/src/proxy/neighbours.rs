@@ -42,6 +42,22 @@ struct Key {
     address: IpAddr,
 }
 
+/// A pair as it was when somebody asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Neighbour {
+    /// The numbers of the pods.
+    pub source: u32,
+    pub destination: u32,
+    /// The destination's address that is dialled.
+    pub address: IpAddr,
+    /// What the network says of the pair: `asked`, `allowed`, or the reason why it is over.
+    pub network: &'static str,
+    /// Whether new connections go through memory. Else they take a tunnel.
+    pub takes: bool,
+    /// Connections that go through memory.
+    pub connections: usize,
+}
+
 /// The pairs of one worker.
 #[derive(Default)]
 pub(super) struct Neighbours {
@@ -59,6 +75,23 @@ impl Neighbours {
             pair.cut(cause);
         }
         gone
+    }
+
+    pub(super) fn list(&self) -> Vec<Neighbour> {
+        let pairs = self.pairs.borrow();
+        let told = pairs.iter().map(|(key, pair)| Neighbour {
+            source: key.source,
+            destination: key.destination,
+            address: key.address,
+            network: match pair.state.get() {
+                State::Opening => "asked",
+                State::Open => "allowed",
+                State::Over(reason) => reason.as_str(),
+            },
+            takes: pair.takes.get(),
+            connections: pair.live.borrow().len(),
+        });
+        told.collect()
     }
 
     fn forget(&self, key: &Key, pair: &Rc<Pair>) {

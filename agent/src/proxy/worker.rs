@@ -230,6 +230,7 @@ impl Worker {
             Command::Leave { grace } => self.leave(grace),
             // Who asked may be gone.
             Command::ListTunnels { told } => drop(told.send(self.tunnels.list())),
+            Command::ListNeighbours { told } => drop(told.send(self.neighbours.list())),
             Command::ListEnded { told } => drop(told.send(self.ended.list())),
         }
     }

@@ -13,8 +13,8 @@ use anyhow::Context;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
-    balance::Balance, ended::Ended, load::Board, pod::PodConnections, tunnels::Tunnel,
-    witness::Witnesses, worker,
+    balance::Balance, ended::Ended, load::Board, neighbours::Neighbour, pod::PodConnections,
+    tunnels::Tunnel, witness::Witnesses, worker,
 };
 use crate::{
     identity::Certificates,
@@ -69,6 +69,9 @@ pub(super) enum Command {
     },
     ListTunnels {
         told: oneshot::Sender<Vec<Tunnel>>,
+    },
+    ListNeighbours {
+        told: oneshot::Sender<Vec<Neighbour>>,
     },
     ListEnded {
         told: oneshot::Sender<Vec<Ended>>,
@@ -194,6 +197,11 @@ impl Workers {
     /// The tunnels that are open, over all workers.
     pub fn tunnels(&self) -> impl Future<Output = Vec<Tunnel>> + Send + use<> {
         self.ask(|told| Command::ListTunnels { told })
+    }
+
+    /// The pairs of pods that speak through memory, over all workers.
+    pub fn neighbours(&self) -> impl Future<Output = Vec<Neighbour>> + Send + use<> {
+        self.ask(|told| Command::ListNeighbours { told })
     }
 
     /// The last connections that ended or were refused, over all workers.

@@ -1,6 +1,7 @@
 //! What the command line, the metrics and the access log count is what happened.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
+#![expect(clippy::float_cmp, reason = "metrics of whole numbers are exact")]
 
 use std::{net::SocketAddr, sync::Arc, thread, time::Duration};
 
@@ -154,5 +155,76 @@ fn the_numbers_of_ten_thousand_connections_agree_everywhere() {
     assert_eq!(
         lines(&b, "inbound", "stranger", Some("plaintext_refused")),
         REFUSED
+    );
+}
+
+/// A connection that an endpoint refuses is one at that endpoint's agent, and goes on to another
+/// endpoint: both ends must count it alike.
+#[test]
+fn both_ends_agree_on_connections_that_went_on_to_another_endpoint() {
+    const CALLS: usize = 60;
+    let mut bed = Testbed::new("retries").unwrap();
+    let [a, b] = ["a", "b"].map(|name| bed.node(name).unwrap());
+    let client = bed.pod(&a, PodSpec::new("client")).unwrap();
+    let pods = ["living", "gone"].map(|name| {
+        let spec = PodSpec::new(name).label("app", "web").port(PORT);
+        bed.pod(&b, spec).unwrap()
+    });
+    // Discovery doesn't know that the other one's app is gone.
+    let _app = pods[0].echo(PORT).unwrap();
+    let web = format!(
+        "addresses: [10.96.0.10]\nports: [{{port: 80, targetPort: {PORT}}}]\nselector: {{app: web}}"
+    );
+    bed.service("web", web).unwrap();
+    bed.start_agents().unwrap();
+    let to = SocketAddr::from(([10, 96, 0, 10], 80));
+    assert_eq!(call_many(&client, to, CALLS, Fate::Echoed), CALLS);
+
+    let number = |count: usize| count as u64;
+    let stat = |node, arguments: &[&str]| {
+        let line = [&["stat", "-t", "1ms"], arguments].concat();
+        bed.ask_json(node, &line).unwrap()[0].clone()
+    };
+    let mut told = Value::Null;
+    let settled = eventually("the ends of all", LIMIT, || {
+        told = stat(&a, &["client", "--outbound"]);
+        let at_server = stat(&b, &["living"]);
+        told["tcpClosed"][""] == number(CALLS) && at_server["tcpClosed"][""] == number(CALLS)
+    });
+    settled.unwrap_or_else(|error| panic!("{error}: {told:#}"));
+    // To the app, each of its connections is one, whatever it took.
+    assert_eq!(told["tcpOpened"], number(CALLS));
+    assert_eq!(lines_of(&bed, &a, "outbound", "client", None), CALLS);
+    assert_eq!(stat(&b, &["living"])["tcpOpened"], number(CALLS));
+
+    let metrics = bed.agent(&a).metrics().unwrap();
+    let of = [
+        ("dst_pod", "gone"),
+        ("dst_service", "web"),
+        ("reason", "peer_refused"),
+    ];
+    let retried = metrics.sum("malla_outbound_tcp_retries_total", &of);
+    assert!(retried > 0.0, "half of the calls are drawn there");
+    assert_eq!(
+        metrics.sum("malla_outbound_tcp_retries_total", &[]),
+        retried
+    );
+    let refused = stat(&b, &["gone"]);
+    assert_eq!(refused["tcpOpened"].as_f64(), Some(retried), "{refused:#}");
+    let closed = &refused["tcpClosed"]["connect_refused"];
+    assert_eq!(closed.as_f64(), Some(retried), "{refused:#}");
+    for (node, reason) in [(&a, "peer_refused"), (&b, "connect_refused")] {
+        let edges = bed.ask_json(node, &["edges"]).unwrap();
+        let mut edges = edges.as_array().unwrap().iter();
+        let edge = edges.find(|edge| edge["dst"] == "gone").unwrap();
+        assert_eq!(edge["reason"], reason);
+        assert_eq!(edge["opened"].as_f64(), Some(retried), "{edge:#}");
+    }
+
+    // And explain tells why an endpoint gets no connections.
+    let explain = bed.ask(&a, &["explain", "client", "web:80"]).unwrap();
+    assert!(
+        explain.contains("peer_refused, then another endpoint\n"),
+        "{explain}"
     );
 }

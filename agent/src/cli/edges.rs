@@ -76,6 +76,8 @@ struct Reported {
     outer_closed: BTreeMap<(Security, String), u64>,
     accepted_closed: BTreeMap<String, u64>,
     dialled_closed: BTreeMap<String, u64>,
+    /// Connections that failed at this end, an endpoint of a Service, and went on to another one.
+    retried: BTreeMap<String, u64>,
 }
 
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
@@ -145,16 +147,21 @@ fn add(
 }
 
 impl Reported {
-    /// Connections that were accepted and ended before anything was dialled, by why.
+    /// Connections that came to nothing here, by why: accepted, and ended before anything was
+    /// dialled, or tried elsewhere.
     fn refused(&self) -> BTreeMap<String, u64> {
         let closed = self.accepted_closed.iter();
-        closed
+        let mut refused: BTreeMap<String, u64> = closed
             .map(|(reason, count)| {
                 let dialled = self.dialled_closed.get(reason).copied().unwrap_or_default();
                 (reason.clone(), count.saturating_sub(dialled))
             })
-            .filter(|(_, count)| *count > 0)
-            .collect()
+            .collect();
+        for (reason, count) in &self.retried {
+            *refused.entry(reason.clone()).or_default() += count;
+        }
+        refused.retain(|_, count| *count > 0);
+        refused
     }
 
     /// Takes the refused connections out of those of the leg to the other end, where that leg is
@@ -219,6 +226,13 @@ fn reported(metrics: &Metrics, direction: &str) -> BTreeMap<(Pair, String), Repo
             _ => &mut reported.dialled_closed,
         };
         *closed.entry(reason).or_default() += count;
+    }
+    if direction == "outbound" {
+        for sample in metrics.of("malla_outbound_tcp_retries_total") {
+            let reason = sample.label("reason").to_owned();
+            let reported = all.entry(key(sample)).or_default();
+            *reported.retried.entry(reason).or_default() += sample.count();
+        }
     }
     all
 }

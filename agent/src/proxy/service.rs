@@ -109,6 +109,9 @@ impl Attempts<'_> {
             let Some(limit) = self.limit(service, &route) else {
                 break;
             };
+            if !self.tried.is_empty() {
+                self.count_retry(failure.reason);
+            }
             self.head_for(service, &route, endpoint);
             let outstanding = self.worker.balancer.enter(endpoint);
             let attempt = async {
@@ -151,6 +154,14 @@ impl Attempts<'_> {
         let targets = port.targets(self.asked.destination.is_ipv4()).len();
         let is_last = self.tried.len() + 1 >= targets.min(MAX_ENDPOINTS);
         Some(if is_last { left } else { left / 2 })
+    }
+
+    /// The endpoint before failed, and another one is about to be tried: what its agent counts as
+    /// a connection is one here too, where only the last one is recorded.
+    fn count_retry(&self, reason: Reason) {
+        if let Some((labels, _)) = &self.labels {
+            self.worker.series.borrow_mut().retried(labels, reason);
+        }
     }
 
     /// Names what is being tried, for the record.

@@ -192,16 +192,29 @@ impl WorkerMetrics {
     /// Counts a connection that the agent accepted and now knows the labels of. No allocation and
     /// no lock where this worker has seen the labels before.
     pub fn open(&mut self, labels: &ConnectionLabels) -> ConnectionMetrics {
+        ConnectionMetrics::of(self.enter(labels))
+    }
+
+    /// Counts a connection that failed at the Service's endpoint of these labels and is tried at
+    /// another one. It counts nowhere else until its end is known.
+    pub fn retried(&mut self, labels: &ConnectionLabels, reason: Reason) {
+        let series = self.enter(labels);
+        series.retried(reason);
+        series.leave();
+    }
+
+    /// The series of `labels`, entered.
+    fn enter(&mut self, labels: &ConnectionLabels) -> Arc<Series> {
         let known = self.remembered.get(labels);
         if let Some(series) = known.filter(|series| series.enter()) {
-            return ConnectionMetrics::of(Arc::clone(series));
+            return Arc::clone(series);
         }
         let series = self.transports.enter(labels);
         if self.remembered.len() >= MAX_REMEMBERED {
             self.forget();
         }
         self.remembered.insert(labels.clone(), Arc::clone(&series));
-        ConnectionMetrics::of(series)
+        series
     }
 
     /// Lets go of what this worker remembers, and with it of the workloads of old snapshots. To be
@@ -234,6 +247,7 @@ pub struct ConnectionMetrics {
 impl ConnectionMetrics {
     /// `series` has been entered.
     fn of(series: Arc<Series>) -> Self {
+        series.counters(Peer::Src).opened();
         Self {
             series,
             began: Instant::now(),

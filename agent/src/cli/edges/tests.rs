@@ -96,3 +96,22 @@ fn two_pods_of_one_node_are_told_of_once() {
     let counts = Counts { opened: 2, open: 0 };
     assert_eq!(edges.into_values().collect::<Vec<_>>(), [counts]);
 }
+
+#[test]
+fn what_went_on_to_another_endpoint_came_to_nothing_at_the_first() {
+    let pods = ["web", "db-1"];
+    let retried = labels("outbound", "dst", pods, "reason=\"peer_refused\"");
+    let outbound = sample("malla_outbound_tcp_retries_total", &retried, 3);
+    let from = "tls=\"true\",client_id=\"spiffe://cluster.local/ns/shop/sa/web\"";
+    let src = labels("inbound", "src", pods, from);
+    let close = format!("{src},reason=\"connect_refused\"");
+    let inbound = sample("tcp_open_total", &src, 3) + &sample("tcp_close_total", &close, 3);
+    for (scrape, reason) in [(outbound, "peer_refused"), (inbound, "connect_refused")] {
+        let edges = edges(&Metrics::parse(&scrape));
+        let [(edge, counts)] = &edges.iter().collect::<Vec<_>>()[..] else {
+            panic!("{edges:?}");
+        };
+        assert_eq!(edge.reason.as_deref(), Some(reason));
+        assert_eq!(**counts, Counts { opened: 3, open: 0 });
+    }
+}

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, bail};
 
-use crate::model::{Mesh, Service, Workload};
+use crate::model::{Mesh, Service, ServiceId, Workload};
 
 /// One end: a pod or a Service of the mesh file, or an address that it doesn't know.
 #[derive(Debug, Clone)]
@@ -104,6 +104,11 @@ impl End {
             None => Self::parse(mesh, host)?,
         };
         Ok((end, port))
+    }
+
+    /// The Service that is meant, if one is.
+    pub(super) fn service_id(&self) -> Option<&ServiceId> {
+        self.service.as_ref().map(|service| &service.id)
     }
 
     /// How this end is called in output.

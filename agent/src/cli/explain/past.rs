@@ -28,6 +28,8 @@ pub(super) struct Past {
     direction: String,
     /// Why they ended; empty in good order, `open` for those that live.
     result: String,
+    /// Whether that was at an endpoint of a Service, and the connection went on to another one.
+    retried: bool,
     connections: u64,
     /// When the last one ended, where that is remembered. RFC 3339.
     last: Option<String>,
@@ -103,22 +105,59 @@ pub(super) fn of_pair(
         .into_values()
         .filter(|past| past.connections > 0)
         .collect();
+    all.extend(retries(node, metrics, source, destination, port));
     all.sort_by(|a, b| b.last.cmp(&a.last));
     all
 }
 
+/// Connections that failed at this end, or at an endpoint of this Service, and went on to another.
+fn retries(
+    node: &str,
+    metrics: &Metrics,
+    source: &End,
+    destination: &End,
+    port: u16,
+) -> impl Iterator<Item = Past> {
+    let samples = metrics.of("malla_outbound_tcp_retries_total");
+    let of_pair = samples.filter(|sample| {
+        let there = match destination.service_id() {
+            Some(service) => sample.label("dst_service") == service.name,
+            None => {
+                is_named(sample, destination, "dst")
+                    && sample.label("target_port").parse() == Ok(port)
+            }
+        };
+        there && is_named(sample, source, "src")
+    });
+    let mut by_reason: BTreeMap<&str, u64> = BTreeMap::new();
+    for sample in of_pair {
+        *by_reason.entry(sample.label("reason")).or_default() += sample.count();
+    }
+    let past = by_reason.into_iter().map(|(reason, connections)| Past {
+        node: node.to_owned(),
+        direction: "outbound".to_owned(),
+        result: reason.to_owned(),
+        retried: true,
+        connections,
+        last: None,
+    });
+    past.collect::<Vec<_>>().into_iter()
+}
+
 /// Whether a sample is of the transport that was accepted of the pair's connections.
 fn is_of(sample: &Sample, source: &End, destination: &End, port: u16) -> bool {
-    let named = |end: &End, namespace: &str, pod: &str| {
-        end.workload.as_ref().is_some_and(|workload| {
-            sample.label(namespace) == workload.id.namespace
-                && sample.label(pod) == workload.id.name
-        })
-    };
     sample.label("peer") == "src"
         && sample.label("target_port").parse() == Ok(port)
-        && named(source, "src_namespace", "src_pod")
-        && named(destination, "dst_namespace", "dst_pod")
+        && is_named(sample, source, "src")
+        && is_named(sample, destination, "dst")
+}
+
+/// Whether a sample names this pod as its `src` or `dst`.
+fn is_named(sample: &Sample, end: &End, side: &str) -> bool {
+    end.workload.as_ref().is_some_and(|workload| {
+        sample.label(&format!("{side}_namespace")) == workload.id.namespace
+            && sample.label(&format!("{side}_pod")) == workload.id.name
+    })
 }
 
 /// The SYNs that a node's kernel has refused. It keeps no addresses.
@@ -157,6 +196,7 @@ pub(super) fn render(
         for past in past {
             let result = match past.result.as_str() {
                 "" => style.sign(Sign::Good),
+                result if past.retried => format!("{result}, then another endpoint"),
                 result => result.to_owned(),
             };
             meanings.insert(past.result.as_str(), meaning(&past.result));
@@ -236,6 +276,8 @@ mod tests {
             "tcp_open_connections{{{labels}}} 2\n\
              tcp_close_total{{{labels},reason=\"\"}} 0\n\
              tcp_close_total{{{labels},reason=\"client_reset\"}} 7\n\
+             malla_outbound_tcp_retries_total{{src_namespace=\"a\",src_pod=\"web\",dst_namespace=\"a\",\
+             dst_pod=\"db\",target_port=\"80\",reason=\"peer_refused\"}} 5\n\
              malla_steering_syns_total{{direction=\"outbound\",reason=\"no_agent\",verdict=\"refused\"}} 3\n"
         );
         let ended = |at: &str, port, reason: &str, times: u64| {
@@ -260,6 +302,7 @@ mod tests {
              b      inbound               4     1s   handshake_limit\n\
              b      inbound               7     5s   client_reset\n\
              b      inbound               2      -   open\n\
+             b      outbound              5      -   peer_refused, then another endpoint\n\
              \n\
              what these nodes' kernels refused, of anybody's:\n\
              NODE   DIRECTION   CONNECTIONS   REASON\n\
@@ -267,7 +310,8 @@ mod tests {
              \n\
              client_reset: The client reset the connection.\n\
              handshake_limit: Too many handshakes at once.\n\
-             no_agent: No agent lives, and the pod fails closed.\n"
+             no_agent: No agent lives, and the pod fails closed.\n\
+             peer_refused: The peer's agent refused the connection.\n"
         );
     }
 }

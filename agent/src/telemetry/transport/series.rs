@@ -14,6 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use malla_common::Reason;
 use prometheus::proto::{LabelPair, Metric, MetricFamily, MetricType};
 
 use super::{
@@ -29,8 +30,8 @@ use crate::telemetry::{
 /// The lines that a scrape may have of connections. A port scan makes some for each port.
 pub(super) const MAX_LINES: usize = 20_000;
 
-/// The lines of one series: five families of two transports, and two kinds of failure.
-const LINES: usize = 12;
+/// The lines of one series: five families of two transports, two kinds of failure and one of a retry.
+const LINES: usize = 13;
 
 /// The series that one reporting workload may have in a direction, so that one's port scan doesn't
 /// leave the others without: half of all.
@@ -60,6 +61,28 @@ const CLOSE_LABELS: &[&str] = &[
     "target_port",
     "tls",
 ];
+
+const RETRY_LABELS: &[&str] = &[
+    "dst_namespace",
+    "dst_pod",
+    "dst_service",
+    "dst_serviceaccount",
+    "namespace",
+    "pod",
+    "reason",
+    "serviceaccount",
+    "src_namespace",
+    "src_pod",
+    "src_serviceaccount",
+    "target_port",
+];
+
+const RETRIES: Family = Family {
+    name: "malla_outbound_tcp_retries_total",
+    help: "Connections to a Service that failed at this endpoint, and then were tried at another one.",
+    kind: MetricType::COUNTER,
+    labels: RETRY_LABELS,
+};
 
 const FAMILIES: [Family; 5] = [
     Family {
@@ -136,7 +159,7 @@ impl Counters {
         self.open.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// A number that stands still while nothing happens.
+    /// As [`Series::activity`].
     fn activity(&self) -> u64 {
         let counters = [&self.opened, &self.read, &self.written];
         let sum = counters.map(|counter| counter.load(Ordering::Relaxed));
@@ -171,7 +194,7 @@ impl Counters {
 
 /// Every family that [`Transports::families`] may have.
 pub(in crate::telemetry) fn described() -> Vec<Family> {
-    [&FAMILIES[..], &reporter::FAMILIES].concat()
+    [&FAMILIES[..], &[RETRIES], &reporter::FAMILIES].concat()
 }
 
 /// The counters of all connections with the same labels.
@@ -180,6 +203,8 @@ pub(super) struct Series {
     reporter: Arc<Reporter>,
     src: Counters,
     dst: Counters,
+    /// Connections that failed here and were tried elsewhere, by why. A handful of entries.
+    retried: Mutex<Vec<(Reason, u64)>>,
     /// Connections that count here and haven't ended.
     connections: AtomicU64,
     /// No scrape sees this series any more.
@@ -187,15 +212,44 @@ pub(super) struct Series {
 }
 
 impl Series {
-    /// Counts a new connection, unless the series is retired: then false.
+    /// Keeps the series for a connection, unless it is retired: then false.
     pub(super) fn enter(&self) -> bool {
         self.connections.fetch_add(1, Ordering::SeqCst);
         if self.retired.load(Ordering::SeqCst) {
             self.leave();
             return false;
         }
-        self.src.opened();
         true
+    }
+
+    pub(super) fn retried(&self, reason: Reason) {
+        let mut retried = lock(&self.retried);
+        match retried.iter_mut().find(|(seen, _)| *seen == reason) {
+            Some((_, count)) => *count += 1,
+            None => retried.push((reason, 1)),
+        }
+    }
+
+    /// A number that stands still while nothing happens.
+    fn activity(&self) -> u64 {
+        let retried = lock(&self.retried).iter().map(|(_, count)| *count).sum();
+        let transports = [&self.src, &self.dst].map(Counters::activity);
+        transports.into_iter().fold(retried, u64::wrapping_add)
+    }
+
+    fn sample_retries(&self, key: &Key, into: &mut Vec<Metric>) {
+        let retried = lock(&self.retried);
+        if retried.is_empty() {
+            return;
+        }
+        let mut labels = key.labels(Peer::Dst);
+        labels.retain(|label| RETRY_LABELS.contains(&label.name()));
+        for (reason, count) in retried.iter() {
+            let mut labels = labels.clone();
+            labels.push(label("reason", reason.as_str()));
+            labels.sort_by(|a, b| a.name().cmp(b.name()));
+            into.push(RETRIES.sample(labels, *count));
+        }
     }
 
     pub(super) fn leave(&self) {
@@ -227,7 +281,7 @@ impl Series {
 #[derive(Debug)]
 struct Entry {
     series: Arc<Series>,
-    /// What [`Counters::activity`] said at the last scrape that saw a change, and when that was.
+    /// What [`Series::activity`] said at the last scrape that saw a change, and when that was.
     activity: u64,
     changed: Instant,
 }
@@ -268,8 +322,7 @@ impl Entries {
     /// Forgets what has stood still for too long at the time `now`.
     fn retire(&mut self, now: Instant) {
         self.series.retain(|key, entry| {
-            let activity = [Peer::Src, Peer::Dst].map(|p| entry.series.counters(p).activity());
-            let activity = activity[0].wrapping_add(activity[1]);
+            let activity = entry.series.activity();
             let in_use = entry.series.connections.load(Ordering::Relaxed) > 0;
             if in_use || activity != entry.activity {
                 entry.activity = activity;
@@ -312,6 +365,7 @@ impl Transports {
     /// Reads every series at the time `now`, then drops those that are idle.
     pub(in crate::telemetry) fn families(&self, now: Instant) -> Vec<MetricFamily> {
         let mut samples: [Vec<Metric>; 5] = Default::default();
+        let mut retries = Vec::new();
         let mut of_reporters: [Vec<Metric>; 3] = Default::default();
         let mut entries = lock(&self.entries);
         for (key, entry) in &entries.series {
@@ -319,6 +373,7 @@ impl Transports {
                 let counters = entry.series.counters(peer);
                 counters.sample(&key.labels(peer), &mut samples);
             }
+            entry.series.sample_retries(key, &mut retries);
         }
         for (key, (reporter, _)) in &entries.reporters {
             let (namespace, pod) = key.pod();
@@ -328,6 +383,7 @@ impl Transports {
         drop(entries);
         let families = FAMILIES.iter().zip(samples);
         let families = families.map(|(family, samples)| family.with(samples));
+        let families = families.chain([RETRIES.with(retries)]);
         families.chain(reporter::families(of_reporters)).collect()
     }
 }

@@ -201,6 +201,44 @@ fn workers_and_snapshots_of_discovery_share_the_series_of_a_pod() {
 }
 
 #[test]
+fn what_went_on_to_another_endpoint_counts_as_a_retry_and_as_no_connection() {
+    let metrics = Metrics::new();
+    let mut worker = metrics.worker();
+    let labels = outbound(Some("voting"), Security::MutualTls(identity_of("voting")));
+    worker.retried(&labels, Reason::PeerRefused);
+    worker.retried(&labels, Reason::PeerRefused);
+    worker.retried(&labels, Reason::ConnectTimeout);
+    let mut retries = samples(&metrics, "malla_outbound_tcp_retries_total");
+    retries.sort();
+    let [timeout, refused] = &retries[..] else {
+        panic!("{retries:?}");
+    };
+    assert!(timeout.contains("reason=\"connect_timeout\"") && timeout.ends_with("} 1"));
+    assert!(refused.contains("reason=\"peer_refused\"") && refused.ends_with("} 2"));
+    assert!(refused.contains("dst_pod=\"voting\"") && refused.contains(",pod=\"web\""));
+    assert!(samples(&metrics, "tcp_open_total").is_empty());
+}
+
+#[test]
+fn retries_that_stand_still_leave_the_scrape() {
+    let transports = Arc::<Transports>::default();
+    let mut worker = WorkerMetrics::new(Arc::clone(&transports));
+    let labels = outbound(Some("voting"), Security::MutualTls(identity_of("voting")));
+    worker.retried(&labels, Reason::PeerRefused);
+    let begun = Instant::now();
+    let at = |minutes: u64| {
+        let families = transports.families(begun + Duration::from_mins(minutes));
+        let mut families = families.iter();
+        let retries = families.find(|family| family.name() == "malla_outbound_tcp_retries_total");
+        retries.unwrap().get_metric().len()
+    };
+    assert_eq!(at(0), 1);
+    assert_eq!(at(9), 1);
+    assert_eq!(at(11), 1, "the last values are seen once more");
+    assert_eq!(at(12), 0);
+}
+
+#[test]
 fn an_idle_series_leaves_the_scrape_and_comes_back_with_the_next_connection() {
     let transports = Arc::<Transports>::default();
     let mut worker = WorkerMetrics::new(Arc::clone(&transports));

@@ -267,6 +267,7 @@ fn arguments_that_mean_nothing_are_refused_with_what_would() {
         ("explain client server:0", &of_a, 1, "1 to 65535"),
         ("explain nobody server:80", &of_a, 1, "`nobody`"),
         ("explain client nobody:80", &of_a, 1, "`nobody`"),
+        ("explain node web:80", &of_a, 1, "is no pod"),
         ("explain client web:80 -o yaml", &of_a, 2, "table, json"),
         ("explain client web:80", &of_nobody, 1, "--config"),
         ("stat", &["--config", &config], 1, "--node"),

@@ -10,6 +10,7 @@ use std::{
 use malla_common::Reason;
 use serde::Serialize;
 
+use super::probed::{Passing, Probed};
 use crate::{
     model::{FailMode, Mesh, MtlsMode, Workload, ports},
     telemetry::NoTls,
@@ -39,6 +40,8 @@ pub(super) enum Outcome {
     Refused,
     /// `connect()` succeeds, then the connection is reset.
     Reset,
+    /// `connect()` succeeds, and no byte comes through.
+    Dropped,
 }
 
 impl Outcome {
@@ -49,6 +52,7 @@ impl Outcome {
             Self::Direct => "let pass without an agent",
             Self::Refused => "refused at once (ECONNREFUSED)",
             Self::Reset => "opened, then reset",
+            Self::Dropped => "opened, and each byte on it dropped",
         }
     }
 }
@@ -68,6 +72,8 @@ pub(super) struct Decision {
     pub(super) reason: Option<&'static str>,
     /// Those that were looked at, in their order: the last one decided.
     pub(super) rules: Vec<Rule>,
+    /// What passes all the same, as a declared probe.
+    pub(super) probes: Vec<Passing>,
 }
 
 /// Who connects.
@@ -83,7 +89,7 @@ pub(super) struct World<'a> {
     pub(super) agents: &'a dyn Fn(&str) -> AgentState,
 }
 
-type Verdict = (Outcome, Option<&'static str>);
+pub(super) type Verdict = (Outcome, Option<&'static str>);
 
 impl World<'_> {
     /// Follows a connection.
@@ -94,7 +100,24 @@ impl World<'_> {
             outcome,
             reason,
             rules,
+            probes: self
+                .probed(source.address, destination)
+                .map_or_else(Vec::new, |probed| probed.passing()),
         }
+    }
+
+    /// The probes that a connection may be one of. None where an opt-out lets it pass anyway.
+    fn probed(&self, source: IpAddr, to: SocketAddr) -> Option<Probed<'_>> {
+        let pod = self.mesh.workload_at(to.ip())?;
+        let settings = &pod.settings;
+        let asked: Vec<_> = pod.probes.asked(source, to.port()).collect();
+        let skipped = settings.skips_inbound_port(to.port()) || settings.skips_inbound_from(source);
+        (pod.is_enrolled() && !skipped && !asked.is_empty()).then(|| Probed {
+            pod,
+            port: to.port(),
+            asked,
+            agent: (self.agents)(&pod.node),
+        })
     }
 
     /// At the source.
@@ -102,11 +125,8 @@ impl World<'_> {
         let mut rule = |rule, says| rules.push(Rule { rule, says });
         let pod = source.workload.as_ref().filter(|pod| pod.is_enrolled());
         let Some(pod) = pod else {
-            let who = named(source.workload.as_deref(), source.address);
-            rule(
-                "source",
-                format!("{who} isn't meshed: no agent carries what it opens"),
-            );
+            let says = self.unmeshed(source);
+            rule("source", says);
             return self.arrives(source.address, to, rules);
         };
         rule("source", meshed(pod));
@@ -202,6 +222,20 @@ impl World<'_> {
         }
     }
 
+    /// What is said of a source that no agent serves.
+    fn unmeshed(&self, source: &Source) -> String {
+        let mut nodes = self.mesh.nodes.values();
+        let node = nodes.find(|node| node.addresses.contains(&source.address));
+        let who = node.map_or_else(
+            || {
+                let who = named(source.workload.as_deref(), source.address);
+                format!("{who} isn't meshed")
+            },
+            |node| format!("node {} is no pod", node.name),
+        );
+        format!("{who}: no agent carries what it opens")
+    }
+
     /// Past the source's agent, for `reason`.
     fn unsteered(
         &self,
@@ -250,6 +284,12 @@ impl World<'_> {
         if settings.skips_inbound_from(source) {
             rule("skipInboundSubnets", format!("has {source}"));
             return (Outcome::Direct, Some(Reason::SubnetSkipped.as_str()));
+        }
+        if let Some(probed) = self.probed(source, to) {
+            if probed.agent != AgentState::Dead {
+                rule("agent", living(&pod.node, probed.agent));
+            }
+            return probed.verdict(rules);
         }
         let is_strict = settings.mtls_on(port) == MtlsMode::Strict;
         let mode = if is_strict { "strict" } else { "permissive" };

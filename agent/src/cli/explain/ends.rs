@@ -14,6 +14,8 @@ use crate::model::{Mesh, Service, ServiceId, Workload};
 pub(super) struct End {
     pub(super) workload: Option<Arc<Workload>>,
     service: Option<Arc<Service>>,
+    /// The name of the node that it is.
+    node: Option<String>,
     /// All of them; never empty.
     pub(super) addresses: Vec<IpAddr>,
 }
@@ -26,6 +28,7 @@ impl End {
             return Ok(Self {
                 workload: mesh.workload_at(address).cloned(),
                 service: mesh.service_at(address).cloned(),
+                node: None,
                 addresses: vec![address],
             });
         }
@@ -44,6 +47,7 @@ impl End {
             [workload] => Ok(Self {
                 workload: Some(Arc::clone(workload)),
                 service: None,
+                node: None,
                 addresses: workload.addresses.clone(),
             }),
             [] => bail!(
@@ -58,6 +62,25 @@ impl End {
                 )
             }
         }
+    }
+
+    /// The node that `pod` is on, where its probes come from.
+    pub(super) fn node_of(mesh: &Mesh, pod: &Self) -> anyhow::Result<Self> {
+        let node = pod.workload.as_ref().map(|pod| pod.node.as_str());
+        let node = node.and_then(|name| mesh.nodes.get(name));
+        let node = node.with_context(|| {
+            let name = pod.name();
+            format!(
+                "`node` stands for the node of the pod that is called, and {name} is no pod that \
+                 has one in the mesh file (a pod of this name is called NAMESPACE/node)"
+            )
+        })?;
+        Ok(Self {
+            workload: None,
+            service: None,
+            node: Some(node.name.clone()),
+            addresses: node.addresses.clone(),
+        })
     }
 
     /// A Service that clients call by its own address: from `NAME`, `NAMESPACE/NAME` or its name in
@@ -75,6 +98,7 @@ impl End {
             [service] => Ok(Some(Self {
                 workload: None,
                 service: Some(Arc::clone(service)),
+                node: None,
                 addresses: service.addresses.clone(),
             })),
             several => {
@@ -116,7 +140,10 @@ impl End {
         match (&self.workload, &self.service) {
             (Some(workload), _) => workload.id.to_string(),
             (None, Some(service)) => service.id.to_string(),
-            (None, None) => self.addresses[0].to_string(),
+            (None, None) => match &self.node {
+                Some(node) => format!("node {node}"),
+                None => self.addresses[0].to_string(),
+            },
         }
     }
 
@@ -207,6 +234,23 @@ mod tests {
         let (pod, port) = End::parse_with_port(&mesh, "b/web:80").unwrap();
         assert_eq!(pod.name(), "b/web");
         assert!(pod.is_at("10.1.0.3:80".parse().unwrap(), port));
+    }
+
+    #[test]
+    fn the_node_is_that_of_the_pod_that_is_called() {
+        let text = "nodes: [{name: a, addresses: [10.0.0.1], cgroup: /c/a, bpffs: /b/a}]\n\
+            workloads:\n\
+            - {name: web, node: a, netns: /n/web, addresses: [10.1.0.2]}\n\
+            - {name: outside, addresses: [10.1.0.3]}\n";
+        let mesh = file::check(Path::new("mesh.yaml"), text).unwrap();
+        let pod = |name| End::parse(&mesh, name).unwrap();
+        let node = End::node_of(&mesh, &pod("web")).unwrap();
+        assert_eq!(node.name(), "node a");
+        assert_eq!(node.addresses, ["10.0.0.1".parse::<IpAddr>().unwrap()]);
+        for other in ["outside", "192.0.2.1"] {
+            let error = End::node_of(&mesh, &pod(other)).unwrap_err().to_string();
+            assert!(error.contains("`node` stands for"), "{error}");
+        }
     }
 
     #[test]

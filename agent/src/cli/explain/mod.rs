@@ -7,6 +7,7 @@
 mod decide;
 mod ends;
 mod past;
+mod probed;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -33,7 +34,8 @@ use past::{KernelRefusals, Past};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
-    /// Who connects: a pod's NAME or NAMESPACE/NAME, or an address.
+    /// Who connects: a pod's NAME or NAMESPACE/NAME, an address, or `node` for the node of the
+    /// destination, which probes come from.
     #[arg(value_name = "SRC")]
     source: String,
     /// To whom, and to which port: a Service's or pod's name or an address, such as voting:8080,
@@ -71,8 +73,11 @@ struct Told {
 
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let (mesh, asked) = known(&arguments.agent)?;
-    let source = End::parse(&mesh, &arguments.source)?;
     let (destination, port) = End::parse_with_port(&mesh, &arguments.destination)?;
+    let source = match arguments.source.as_str() {
+        "node" => End::node_of(&mesh, &destination)?,
+        source => End::parse(&mesh, source)?,
+    };
     let (from, to) = pair(&source, &destination, port);
 
     let file = arguments.agent.config.as_deref();
@@ -210,7 +215,7 @@ fn render(told: &Explanation, now: SystemTime, style: Style) -> String {
     let sign = match decision.outcome {
         Outcome::Meshed => Sign::Good,
         Outcome::Plaintext | Outcome::Direct => Sign::Warning,
-        Outcome::Refused | Outcome::Reset => Sign::Bad,
+        Outcome::Refused | Outcome::Reset | Outcome::Dropped => Sign::Bad,
     };
     let reason = decision
         .reason
@@ -221,6 +226,16 @@ fn render(told: &Explanation, now: SystemTime, style: Style) -> String {
         decision.outcome.text()
     ));
     text.extend(told.meaning.map(|meaning| format!("    {meaning}\n")));
+    if !decision.probes.is_empty() {
+        let columns = [("PROBE", Align::Left), ("BECOMES", Align::Left)];
+        let mut probes = Table::new(columns);
+        for probe in &decision.probes {
+            let outcome = format!("{}: {}", probe.outcome.text(), probe.reason);
+            probes.row([probe.asks.clone(), outcome]);
+        }
+        text.push_str("\nbut a declared probe passes:\n");
+        text.push_str(&probes.render());
+    }
     text.push_str(&past::render(&told.past, &told.kernel_refused, now, style));
     text
 }
@@ -247,6 +262,11 @@ mod tests {
                     rule: "mtls",
                     says: "strict".to_owned(),
                 }],
+                probes: vec![probed::Passing {
+                    asks: "GET /healthz (httpGet)".to_owned(),
+                    outcome: Outcome::Plaintext,
+                    reason: "no_tls_from_remote",
+                }],
             },
             meaning: meaning("plaintext_refused"),
             agents: BTreeMap::new(),
@@ -262,6 +282,10 @@ mod tests {
              \n\
              × a connection would be opened, then reset: plaintext_refused\n    \
              A strict pod takes no plaintext.\n\
+             \n\
+             but a declared probe passes:\n\
+             PROBE                    BECOMES\n\
+             GET /healthz (httpGet)   carried in plaintext: no_tls_from_remote\n\
              \n\
              No agent that was asked remembers a connection between the two.\n"
         );

@@ -173,3 +173,163 @@ fn a_client_outside_the_mesh_meets_the_destinations_rules() {
     let nobody = decide("", "", STRANGER, "192.0.2.1:80", &[]);
     assert_eq!(nobody, (Direct, None));
 }
+
+const PLAIN: Option<&str> = Some("no_tls_from_remote");
+const NODE: &str = "10.0.0.1";
+
+/// A probed pod's settings, the port, who calls, whether the agent is dead: what becomes of what isn't
+/// declared, and how many declared probes pass all the same.
+type ProbedCase = (
+    &'static str,
+    u16,
+    &'static str,
+    bool,
+    (Outcome, Option<&'static str>, usize),
+);
+
+const PROBED: [ProbedCase; 16] = [
+    (
+        "mtls: strict",
+        80,
+        NODE,
+        false,
+        (Outcome::Reset, Some("probe_undeclared"), 1),
+    ),
+    (
+        "mtls: strict",
+        81,
+        NODE,
+        false,
+        (Outcome::Dropped, Some("probe_payload"), 1),
+    ),
+    (
+        "mtls: strict",
+        82,
+        NODE,
+        false,
+        (Outcome::Reset, Some("probe_undeclared"), 2),
+    ),
+    (
+        "mtls: strict",
+        83,
+        NODE,
+        false,
+        (Outcome::Reset, Some("probe_undeclared"), 1),
+    ),
+    (
+        "mtls: strict",
+        90,
+        NODE,
+        false,
+        (Outcome::Reset, Some("plaintext_refused"), 0),
+    ),
+    (
+        "mtls: strict",
+        80,
+        STRANGER,
+        false,
+        (Outcome::Reset, Some("plaintext_refused"), 0),
+    ),
+    (
+        "mtls: strict",
+        80,
+        "10.0.0.2",
+        false,
+        (Outcome::Reset, Some("plaintext_refused"), 0),
+    ),
+    ("", 80, NODE, false, (Outcome::Plaintext, PLAIN, 0)),
+    (
+        "mtlsByPort: [{ports: 80, mode: strict}]",
+        82,
+        NODE,
+        false,
+        (Outcome::Plaintext, PLAIN, 0),
+    ),
+    (
+        "skipInboundPorts: [80], mtls: strict",
+        80,
+        NODE,
+        false,
+        (Outcome::Direct, Some("port_skipped"), 0),
+    ),
+    (
+        "mtls: strict",
+        80,
+        NODE,
+        true,
+        (Outcome::Dropped, Some("probe_payload"), 1),
+    ),
+    (
+        "",
+        81,
+        NODE,
+        true,
+        (Outcome::Dropped, Some("probe_payload"), 1),
+    ),
+    (
+        "failMode: open",
+        80,
+        NODE,
+        true,
+        (Outcome::Direct, Some("probe_without_agent"), 0),
+    ),
+    (
+        "failMode: open, mtls: strict",
+        80,
+        NODE,
+        true,
+        (Outcome::Dropped, Some("probe_payload"), 1),
+    ),
+    (
+        "mtls: strict",
+        83,
+        NODE,
+        true,
+        (Outcome::Direct, Some("probe_without_agent"), 0),
+    ),
+    (
+        "mtls: strict",
+        90,
+        NODE,
+        true,
+        (Outcome::Refused, Some("no_agent"), 0),
+    ),
+];
+
+#[test]
+fn from_where_probes_come_from_a_probed_port_takes_what_is_declared() {
+    for (settings, port, from, dead, expected) in PROBED {
+        let mesh = format!(
+            "nodes:\n\
+             - {{name: a, addresses: [10.0.0.1], cgroup: /c/a, bpffs: /b/a}}\n\
+             - {{name: b, addresses: [10.0.0.2], cgroup: /c/b, bpffs: /b/b}}\n\
+             workloads:\n\
+             - name: db\n  node: a\n  netns: /n/db\n  addresses: [10.1.1.3]\n  \
+             settings: {{{settings}}}\n  probes:\n  \
+             - httpGet: {{path: /healthz, port: 80}}\n  - tcpSocket: {{port: 81}}\n  \
+             - httpGet: {{path: /healthz, port: 82}}\n  - tcpSocket: {{port: 82}}\n  \
+             - grpc: {{port: 83, service: ready}}\n"
+        );
+        let mesh = file::check(Path::new("mesh.yaml"), &mesh).unwrap();
+        let agents = |_: &str| {
+            if dead {
+                AgentState::Dead
+            } else {
+                AgentState::Answers
+            }
+        };
+        let world = World {
+            mesh: &mesh,
+            agents: &agents,
+        };
+        let source = Source {
+            workload: None,
+            address: from.parse().unwrap(),
+        };
+        let decision = world.decide(&source, format!("10.1.1.3:{port}").parse().unwrap());
+        let told = (decision.outcome, decision.reason, decision.probes.len());
+        assert_eq!(told, expected, "{settings:?} {port} {from} {dead}");
+        let comes_from_node = decision.rules[0].says.starts_with("node ");
+        assert_eq!(comes_from_node, from != STRANGER);
+    }
+}

@@ -1,5 +1,7 @@
 //! What `malla explain` foretells is what happens, and what happened is what it tells.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
+
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use malla_testbed::{Fate, Node, PORT, Pod, PodSpec, Scene, Testbed, eventually};

@@ -50,7 +50,7 @@ pub(super) struct Times {
 impl Times {
     pub(super) const FULL: Self = Self {
         warm_up: 1,
-        load: 4,
+        load: 3,
     };
     pub(super) const QUICK: Self = Self {
         warm_up: 1,

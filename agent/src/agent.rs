@@ -186,6 +186,10 @@ impl Agent {
                 .map(|(counter, value)| kernel_count(counter, value))
                 .collect()
         }));
+        let services = mesh.clone();
+        metrics.set_endpoints(Box::new(move |id, port| {
+            services.borrow().services.get(id)?.endpoint_counts(port)
+        }));
         let shared = Shared {
             mesh,
             certificates,

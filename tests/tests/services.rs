@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use malla_testbed::{
-    Fate, PORT, Pod, PodSpec, Services, Testbed, WEB, WEB_PORT, eventually, say,
+    Fate, Node, PORT, Pod, PodSpec, Services, Testbed, WEB, WEB_PORT, eventually, say,
     service_address as address,
 };
 
@@ -289,4 +289,72 @@ fn the_configuration_tells_each_endpoint_and_its_state() {
         assert_eq!(endpoint["connections"], connections);
         assert_eq!(endpoint["ports"], serde_json::json!([PORT]));
     }
+}
+
+/// Linkerd's families of routes, balancers and authorization, as its users' dashboards ask for them.
+#[test]
+fn linkerds_metrics_tell_a_services_connections_and_endpoints_until_it_is_gone() {
+    const CALLS: usize = 5;
+    let mut services = Services::new(2).unwrap();
+    let [ready, not] = [0, 1].map(|place| services.endpoints[place].v4());
+    let web = format!(
+        "addresses: [{}]\nports: [{{port: {WEB_PORT}, targetPort: {PORT}}}]\n\
+         endpoints: [{{addresses: [{ready}]}}, {{addresses: [{not}], ready: false}}]",
+        WEB[0]
+    );
+    services.bed.service("web", web).unwrap();
+    services.bed.start_agents().unwrap();
+    for _ in 0..CALLS {
+        assert_eq!(services.client.caller().call(address(WEB[0])), Fate::Echoed);
+    }
+    let [a, b] = &services.nodes;
+    let port = WEB_PORT.to_string();
+    let of_web = |more| {
+        let web = [
+            ("parent_kind", "Service"),
+            ("parent_name", "web"),
+            ("parent_namespace", "default"),
+            ("parent_port", &*port),
+        ];
+        [&web[..], &[more]].concat()
+    };
+    let sum = |node: &Node, family: &str, labels: &[(&str, &str)]| {
+        let metrics = services.bed.agent(node).metrics().unwrap();
+        metrics.sum(family, labels).to_string()
+    };
+    let calls = CALLS.to_string();
+    eventually("the ends of all", LIMIT, || {
+        let closed = sum(a, "outbound_tcp_route_close_total", &of_web(("error", "")));
+        closed == calls
+    })
+    .unwrap();
+    let opened = of_web(("route_name", "opaq"));
+    assert_eq!(sum(a, "outbound_tcp_route_open_total", &opened), calls);
+    for state in ["ready", "pending"] {
+        let endpoints = of_web(("endpoint_state", state));
+        let endpoints = sum(a, "outbound_tcp_balancer_endpoints", &endpoints);
+        assert_eq!(endpoints, "1", "{state}");
+    }
+    // The endpoint's agent let them in as it does with anybody.
+    let allowed = [
+        ("srv_kind", "default"),
+        ("srv_name", "all-unauthenticated"),
+        ("tls", "true"),
+        ("src_pod", "client"),
+    ];
+    assert_eq!(sum(b, "inbound_tcp_authz_allow_total", &allowed), calls);
+
+    let yaml = services.bed.mesh_yaml();
+    let (without, _) = yaml.split_once("services:\n").unwrap();
+    services.bed.write_mesh_text(without).unwrap();
+    eventually("the Service to leave the scrape", LIMIT, || {
+        let agent = services.bed.agent(a);
+        let families = [
+            "outbound_tcp_route_open_total{",
+            "outbound_tcp_balancer_endpoints{",
+        ];
+        let scrape = a.get("/metrics").unwrap().body;
+        agent.is_running() && families.iter().all(|family| !scrape.contains(family))
+    })
+    .unwrap();
 }

@@ -15,7 +15,7 @@ use std::{collections::HashMap, fmt, net::IpAddr, path::PathBuf, sync::Arc, time
 pub use malla_common::{Reason, ports};
 pub use probes::{Ask, Probe, Probes};
 pub use service::{
-    Endpoint, EndpointState, Service, ServiceId, ServicePort, Target, TargetPort,
+    Endpoint, EndpointCounts, EndpointState, Service, ServiceId, ServicePort, Target, TargetPort,
     TrafficDistribution,
 };
 pub use settings::{

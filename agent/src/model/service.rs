@@ -1,6 +1,7 @@
 //! Services: names for sets of endpoints, and the addresses that stand for them.
 
 use std::{
+    collections::BTreeSet,
     fmt,
     net::{IpAddr, SocketAddr},
     time::Duration,
@@ -71,6 +72,14 @@ pub struct Endpoint {
     pub state: EndpointState,
     /// For each port of the Service, in its order. `None`: it hasn't that port.
     pub ports: Vec<Option<u16>>,
+}
+
+/// How many endpoints a port of a Service has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EndpointCounts {
+    /// Those that get connections.
+    pub ready: usize,
+    pub pending: usize,
 }
 
 /// A place that a connection can go to.
@@ -167,6 +176,20 @@ impl Service {
 
     pub fn port(&self, number: u16) -> Option<&ServicePort> {
         self.ports.iter().find(|port| port.port == number)
+    }
+
+    /// The endpoints of a port. None where there is no such port.
+    pub fn endpoint_counts(&self, number: u16) -> Option<EndpointCounts> {
+        let place = self.ports.iter().position(|port| port.port == number)?;
+        let port = &self.ports[place];
+        let targets = port.v4.iter().chain(&port.v6);
+        let ready: BTreeSet<usize> = targets.map(|target| target.endpoint).collect();
+        let have = |endpoint: &&Endpoint| endpoint.ports.get(place).is_some_and(Option::is_some);
+        let all = self.endpoints.iter().filter(have).count();
+        Some(EndpointCounts {
+            ready: ready.len(),
+            pending: all.saturating_sub(ready.len()),
+        })
     }
 
     /// Whether a client on `node` goes to this target before others.

@@ -117,9 +117,11 @@ pub(super) async fn serve(
         source,
         destination,
     };
-    if mesh.service_at(destination.ip()).is_some() {
+    if let Some(service) = mesh.service_at(destination.ip()) {
+        let port = destination.port();
+        let route = worker.series.borrow_mut().open_route(service, port);
         drop(mesh);
-        return service::serve(&worker, &pod, &mut client, asked).await;
+        return service::serve(&worker, &pod, &mut client, asked, route).await;
     }
     let route = route(&worker, &pod, &mesh, source.ip(), destination);
     drop(mesh);

@@ -21,7 +21,7 @@ use super::{
 use crate::{
     ledger::Accounted,
     model::Service,
-    telemetry::{ConnectionLabels, Direction, Failure},
+    telemetry::{ConnectionLabels, Direction, Failure, RouteMetrics},
 };
 
 /// Endpoints that a connection tries before it is refused.
@@ -33,6 +33,7 @@ pub(super) async fn serve(
     pod: &Rc<PodContext>,
     client: &mut Accounted<TcpStream>,
     asked: Asked,
+    route: RouteMetrics,
 ) {
     let mut attempts = Attempts {
         worker,
@@ -47,6 +48,7 @@ pub(super) async fn serve(
     let connected = attempts.connect().await;
     let Some(record) = attempts.record() else {
         let reason = connected.err().map_or(Reason::NoEndpoint, |f| f.reason);
+        route.close(Some(reason));
         return worker.refuse(Direction::Outbound, asked.source, asked.destination, reason);
     };
     let result = match connected {
@@ -56,6 +58,7 @@ pub(super) async fn serve(
         }
         Err(failure) => Err(failure),
     };
+    route.close(result.as_ref().err().map(|failure| failure.reason));
     record.close(result);
 }
 

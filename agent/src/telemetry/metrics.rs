@@ -29,7 +29,7 @@ use super::{
     logging::DroppedLines,
     process,
     steering::SteeringMetrics,
-    transport::{self, Transports, WorkerMetrics},
+    transport::{self, ReadEndpoints, Transports, WorkerMetrics},
 };
 
 const BUILD: Family = Family {
@@ -186,6 +186,12 @@ impl Metrics {
     pub fn set_kernel_counters(&self, read: Box<dyn Fn() -> Vec<KernelCount> + Send + Sync>) {
         let mut slot = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
         slot.0 = Some(read);
+    }
+
+    /// From now on scrapes ask `read` how many endpoints a port of a Service has, which must not
+    /// block for long. None: discovery has no such port.
+    pub fn set_endpoints(&self, read: ReadEndpoints) {
+        self.transports.set_endpoints(read);
     }
 
     /// Exports the log's lost lines. To be called once; a second log is not exported.

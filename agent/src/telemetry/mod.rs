@@ -36,7 +36,8 @@ pub use logging::{LogFormat, init as init_logging};
 pub use metrics::{Metrics, Role};
 pub use readiness::{Readiness, ReadinessTask};
 pub use transport::{
-    ConnectionLabels, ConnectionMetrics, Failure, NoTls, Peer, Security, WorkerMetrics,
+    ConnectionLabels, ConnectionMetrics, Failure, NoTls, Peer, RouteMetrics, Security,
+    WorkerMetrics,
 };
 
 /// Which way a connection goes, seen from the workload that reports it.

@@ -20,6 +20,7 @@
 
 mod key;
 mod reporter;
+mod routes;
 mod series;
 
 use std::{
@@ -36,7 +37,9 @@ use malla_common::Reason;
 use nix::errno::Errno;
 
 use super::Direction;
-use crate::model::{Service, SpiffeId, Workload};
+use crate::model::{MtlsMode, Service, SpiffeId, Workload};
+use routes::Route;
+pub use routes::{ReadEndpoints, RouteMetrics};
 use series::Series;
 pub(super) use series::{Transports, described};
 
@@ -179,6 +182,8 @@ impl From<Reason> for Failure {
 pub struct WorkerMetrics {
     transports: Arc<Transports>,
     remembered: HashMap<ConnectionLabels, Arc<Series>>,
+    /// By the place of the Service's snapshot, which is kept for as long, and the port.
+    routes: HashMap<(usize, u16), (Arc<Service>, Arc<Route>)>,
 }
 
 impl WorkerMetrics {
@@ -186,13 +191,31 @@ impl WorkerMetrics {
         Self {
             transports,
             remembered: HashMap::new(),
+            routes: HashMap::new(),
         }
     }
 
     /// Counts a connection that the agent accepted and now knows the labels of. No allocation and
     /// no lock where this worker has seen the labels before.
     pub fn open(&mut self, labels: &ConnectionLabels) -> ConnectionMetrics {
-        ConnectionMetrics::of(self.enter(labels))
+        let inbound = labels.direction == Direction::Inbound;
+        let settings = &labels.reporter.settings;
+        let mode = inbound.then(|| settings.mtls_on(labels.target_port));
+        ConnectionMetrics::of(self.enter(labels), mode)
+    }
+
+    /// Counts a connection to a port of a Service. As with [`Self::open`], no lock for one that
+    /// this worker has seen.
+    pub fn open_route(&mut self, service: &Arc<Service>, port: u16) -> RouteMetrics {
+        if self.routes.len() >= MAX_REMEMBERED {
+            self.forget();
+        }
+        let known = self.routes.entry((Arc::as_ptr(service).addr(), port));
+        let (_, route) = known.or_insert_with(|| {
+            let route = self.transports.routes.of(service, port);
+            (Arc::clone(service), route)
+        });
+        RouteMetrics::open(Arc::clone(route))
     }
 
     /// Counts a connection that failed at the Service's endpoint of these labels and is tried at
@@ -221,6 +244,7 @@ impl WorkerMetrics {
     /// called when discovery has a new one. Living connections and their series aren't touched.
     pub fn forget(&mut self) {
         self.remembered.clear();
+        self.routes.clear();
     }
 }
 
@@ -242,17 +266,26 @@ pub struct ConnectionMetrics {
     began: Instant,
     dialled: Cell<bool>,
     closed: Cell<bool>,
+    /// The mode of the port, until it has said whether it takes the connection. None: nobody asks.
+    asked: Cell<Option<MtlsMode>>,
 }
 
 impl ConnectionMetrics {
     /// `series` has been entered.
-    fn of(series: Arc<Series>) -> Self {
+    fn of(series: Arc<Series>, asked: Option<MtlsMode>) -> Self {
         series.counters(Peer::Src).opened();
         Self {
             series,
             began: Instant::now(),
             dialled: Cell::new(false),
             closed: Cell::new(false),
+            asked: Cell::new(asked),
+        }
+    }
+
+    fn authorized(&self, is_allowed: bool) {
+        if let Some(mode) = self.asked.take() {
+            self.series.authorized(mode, is_allowed);
         }
     }
 
@@ -263,6 +296,7 @@ impl ConnectionMetrics {
 
     /// The destination is connected: the second transport opens.
     pub fn dialled(&self) {
+        self.authorized(true);
         if !self.dialled.replace(true) {
             self.series.counters(Peer::Dst).opened();
         }
@@ -292,6 +326,13 @@ impl ConnectionMetrics {
         if self.closed.replace(true) {
             return;
         }
+        let is_denied = |failure: Failure| {
+            matches!(
+                failure.reason,
+                Reason::PlaintextRefused | Reason::ProbeUndeclared
+            )
+        };
+        self.authorized(!failure.is_some_and(is_denied));
         if self.dialled.get() {
             self.series.counters(Peer::Dst).closed(failure);
         }

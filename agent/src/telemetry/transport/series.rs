@@ -21,17 +21,25 @@ use super::{
     ConnectionLabels, Failure, Peer,
     key::{Key, LABELS, ReporterKey},
     reporter::{self, Reporter},
+    routes::{self, ReadEndpoints, Routes},
 };
-use crate::telemetry::{
-    collector::{Family, label},
-    errno_label,
+use crate::{
+    model::MtlsMode,
+    telemetry::{
+        collector::{Family, label},
+        errno_label,
+    },
 };
 
-/// The lines that a scrape may have of connections. A port scan makes some for each port.
-pub(super) const MAX_LINES: usize = 20_000;
+/// The lines that a scrape may have of connections and Services.
+const MAX_ALL_LINES: usize = 20_000;
 
-/// The lines of one series: five families of two transports, two kinds of failure and one of a retry.
-const LINES: usize = 13;
+/// Those of connections. A port scan makes some for each port.
+pub(super) const MAX_LINES: usize = MAX_ALL_LINES - routes::MAX_LINES;
+
+/// The lines of one series: five families of two transports, two kinds of failure, and one of a retry
+/// or, inbound, two of authorization.
+const LINES: usize = 14;
 
 /// The series that one reporting workload may have in a direction, so that one's port scan doesn't
 /// leave the others without: half of all.
@@ -83,6 +91,43 @@ const RETRIES: Family = Family {
     kind: MetricType::COUNTER,
     labels: RETRY_LABELS,
 };
+
+const ALLOW_LABELS: &[&str] = &[
+    "authz_group",
+    "authz_kind",
+    "authz_name",
+    "client_id",
+    "namespace",
+    "no_tls_reason",
+    "pod",
+    "serviceaccount",
+    "src_namespace",
+    "src_pod",
+    "src_serviceaccount",
+    "srv_group",
+    "srv_kind",
+    "srv_name",
+    "srv_port",
+    "target_port",
+    "tls",
+];
+
+const DENY_LABELS: &[&str] = ALLOW_LABELS.split_at(3).1;
+
+const AUTHORIZATION: [Family; 2] = [
+    Family {
+        name: "inbound_tcp_authz_allow_total",
+        help: "Connections to the pod that its mTLS mode let in.",
+        kind: MetricType::COUNTER,
+        labels: ALLOW_LABELS,
+    },
+    Family {
+        name: "inbound_tcp_authz_deny_total",
+        help: "Connections to the pod that its mTLS mode refused.",
+        kind: MetricType::COUNTER,
+        labels: DENY_LABELS,
+    },
+];
 
 const FAMILIES: [Family; 5] = [
     Family {
@@ -194,7 +239,14 @@ impl Counters {
 
 /// Every family that [`Transports::families`] may have.
 pub(in crate::telemetry) fn described() -> Vec<Family> {
-    [&FAMILIES[..], &[RETRIES], &reporter::FAMILIES].concat()
+    [
+        &FAMILIES[..],
+        &[RETRIES],
+        &AUTHORIZATION,
+        &routes::FAMILIES,
+        &reporter::FAMILIES,
+    ]
+    .concat()
 }
 
 /// The counters of all connections with the same labels.
@@ -205,6 +257,8 @@ pub(super) struct Series {
     dst: Counters,
     /// Connections that failed here and were tried elsewhere, by why. A handful of entries.
     retried: Mutex<Vec<(Reason, u64)>>,
+    /// Of an inbound one, by the port's mode and what it said: allowed, denied.
+    authorized: [[AtomicU64; 2]; 2],
     /// Connections that count here and haven't ended.
     connections: AtomicU64,
     /// No scrape sees this series any more.
@@ -227,6 +281,30 @@ impl Series {
         match retried.iter_mut().find(|(seen, _)| *seen == reason) {
             Some((_, count)) => *count += 1,
             None => retried.push((reason, 1)),
+        }
+    }
+
+    pub(super) fn authorized(&self, mode: MtlsMode, is_allowed: bool) {
+        let [permissive, strict] = &self.authorized;
+        let [allowed, denied] = match mode {
+            MtlsMode::Permissive => permissive,
+            MtlsMode::Strict => strict,
+        };
+        let count = if is_allowed { allowed } else { denied };
+        count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Under the names that Linkerd has for a port's policy where no resource says another one.
+    fn sample_authorization(&self, key: &Key, into: &mut [Vec<Metric>; 2]) {
+        let policies = ["all-unauthenticated", "all-authenticated"];
+        for (policy, counts) in policies.iter().zip(&self.authorized) {
+            let each = counts.iter().zip(&AUTHORIZATION).zip(into.iter_mut());
+            for ((count, family), samples) in each {
+                let count = count.load(Ordering::Relaxed);
+                if count > 0 {
+                    samples.push(family.sample(authorization_labels(key, policy, family), count));
+                }
+            }
         }
     }
 
@@ -342,6 +420,24 @@ impl Entries {
 #[derive(Default)]
 pub(in crate::telemetry) struct Transports {
     entries: Mutex<Entries>,
+    pub(super) routes: Routes,
+}
+
+/// What names a client, the port that it came to, and that one's policy.
+fn authorization_labels(key: &Key, policy: &str, family: &Family) -> Vec<LabelPair> {
+    let mut labels = key.labels(Peer::Src);
+    let port = labels
+        .iter()
+        .find(|label| label.name() == "target_port")
+        .map_or_else(String::new, |port| port.value().to_owned());
+    for object in ["authz", "srv"] {
+        let named = [("group", ""), ("kind", "default"), ("name", policy)];
+        labels.extend(named.map(|(what, value)| label(&format!("{object}_{what}"), value)));
+    }
+    labels.push(label("srv_port", port));
+    labels.retain(|label| family.labels.contains(&label.name()));
+    labels.sort_by(|a, b| a.name().cmp(b.name()));
+    labels
 }
 
 impl Transports {
@@ -362,10 +458,15 @@ impl Transports {
         series
     }
 
+    pub(in crate::telemetry) fn set_endpoints(&self, read: ReadEndpoints) {
+        self.routes.set_endpoints(read);
+    }
+
     /// Reads every series at the time `now`, then drops those that are idle.
     pub(in crate::telemetry) fn families(&self, now: Instant) -> Vec<MetricFamily> {
         let mut samples: [Vec<Metric>; 5] = Default::default();
         let mut retries = Vec::new();
+        let mut authorized: [Vec<Metric>; 2] = Default::default();
         let mut of_reporters: [Vec<Metric>; 3] = Default::default();
         let mut entries = lock(&self.entries);
         for (key, entry) in &entries.series {
@@ -374,6 +475,7 @@ impl Transports {
                 counters.sample(&key.labels(peer), &mut samples);
             }
             entry.series.sample_retries(key, &mut retries);
+            entry.series.sample_authorization(key, &mut authorized);
         }
         for (key, (reporter, _)) in &entries.reporters {
             let (namespace, pod) = key.pod();
@@ -383,7 +485,10 @@ impl Transports {
         drop(entries);
         let families = FAMILIES.iter().zip(samples);
         let families = families.map(|(family, samples)| family.with(samples));
-        let families = families.chain([RETRIES.with(retries)]);
+        let authorized = AUTHORIZATION.iter().zip(authorized);
+        let authorized = authorized.map(|(family, samples)| family.with(samples));
+        let families = families.chain([RETRIES.with(retries)]).chain(authorized);
+        let families = families.chain(self.routes.families());
         families.chain(reporter::families(of_reporters)).collect()
     }
 }
@@ -395,6 +500,6 @@ impl fmt::Debug for Transports {
 }
 
 /// No change under these locks is left half done, so a panic elsewhere doesn't spoil them.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

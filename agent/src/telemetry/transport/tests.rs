@@ -4,7 +4,10 @@ use std::{
 };
 
 use super::*;
-use crate::telemetry::{Metrics, fixtures::workload};
+use crate::{
+    model::Settings,
+    telemetry::{Metrics, fixtures::workload},
+};
 
 fn outbound(remote: Option<&str>, security: Security) -> ConnectionLabels {
     ConnectionLabels {
@@ -236,6 +239,64 @@ fn retries_that_stand_still_leave_the_scrape() {
     assert_eq!(at(9), 1);
     assert_eq!(at(11), 1, "the last values are seen once more");
     assert_eq!(at(12), 0);
+}
+
+#[test]
+fn a_ports_mode_counts_whom_it_lets_in_and_whom_it_refuses() {
+    let metrics = Metrics::new();
+    let mut worker = metrics.worker();
+    let strict = Workload {
+        settings: Settings {
+            mtls: MtlsMode::Strict,
+            ..Settings::default()
+        },
+        ..workload("web")
+    };
+    let inbound = |reporter, security| ConnectionLabels {
+        direction: Direction::Inbound,
+        reporter: Arc::new(reporter),
+        ..outbound(Some("vote-bot"), security)
+    };
+    let plain = || Security::None(NoTls::PlaintextClient);
+    let meshed = Security::MutualTls(identity_of("vote-bot"));
+    worker
+        .open(&inbound(strict.clone(), plain()))
+        .fail(Reason::PlaintextRefused);
+    let living = worker.open(&inbound(strict, meshed));
+    living.dialled();
+    worker.open(&inbound(workload("web"), plain())).close();
+    // Who calls is asked by nobody.
+    worker.open(&outbound(Some("voting"), plain())).close();
+    let of = |family| {
+        let mut samples = samples(&metrics, family);
+        samples.sort();
+        samples
+    };
+    let allowed = of("inbound_tcp_authz_allow_total");
+    let [authenticated, anybody] = &allowed[..] else {
+        panic!("{allowed:?}");
+    };
+    for (sample, policy, tls) in [
+        (authenticated, "all-authenticated", "tls=\"true\""),
+        (anybody, "all-unauthenticated", "tls=\"no_identity\""),
+    ] {
+        assert!(
+            sample.contains(&format!("authz_name=\"{policy}\"")),
+            "{sample}"
+        );
+        assert!(
+            sample.contains(&format!("srv_name=\"{policy}\"")),
+            "{sample}"
+        );
+        assert!(sample.contains("srv_kind=\"default\",") && sample.contains(tls));
+        assert!(sample.ends_with("} 1"), "{sample}");
+    }
+    let denied = of("inbound_tcp_authz_deny_total");
+    let [denied] = &denied[..] else {
+        panic!("{denied:?}");
+    };
+    assert!(denied.contains("srv_name=\"all-authenticated\"") && denied.ends_with("} 1"));
+    assert!(denied.contains("src_pod=\"vote-bot\"") && !denied.contains("authz_name"));
 }
 
 #[test]

@@ -59,3 +59,19 @@ fn each_attack_names_tests_that_exist() {
     let named = named_tests(&root(), &text);
     assert!(named > 40, "{named} tests are named");
 }
+
+/// Who has met a word in a log or a metric finds there what it means.
+#[test]
+fn readme_has_each_reason_of_a_refused_connection() {
+    let read = |file| fs::read_to_string(root().join(file)).unwrap();
+    let (readme, reasons) = (read("README.md"), read("common/src/reason.rs"));
+    let (_, section) = readme.split_once("\n## Ask why\n").unwrap();
+    let section = section.split("\n## ").next().unwrap();
+    let (_, list) = reasons.split_once("\nreasons! {").unwrap();
+    let words = list.split("\n}").next().unwrap().split(" = \"").skip(1);
+    let words: Vec<&str> = words.map(|rest| rest.split('"').next().unwrap()).collect();
+    assert!(words.len() > 40, "{words:?}");
+    for word in words {
+        assert!(section.contains(&format!("`{word}`")), "`{word}`");
+    }
+}

@@ -292,7 +292,9 @@ async fn shake_hands(
         {
             return Err(Reason::IdentityMismatch);
         }
-        tls.get_mut().0.turn_into(Kind::TunnelInbound);
+        let (socket, session) = tls.get_mut();
+        socket.turn_into(Kind::TunnelInbound);
+        session.set_buffer_limit(Some(tunnel::WRITE_BUFFER));
         let (stream, flusher) = coalescing(tls);
         let opening = h2::server::Builder::new()
             .initial_window_size(hbone::STREAM_WINDOW)

@@ -47,6 +47,9 @@ const USER_TIMEOUT: Duration = Duration::from_secs(30);
 /// What one read of a tunnel's socket takes. A tunnel carries many connections, and rustls asks
 /// for 4 KiB at a time.
 const READ_BUFFER: usize = 64 * 1024;
+/// What of a tunnel's bytes waits encrypted for its socket, and so what one write has. With rustls'
+/// 64 KiB each write filled a segment of that size and put the records' overhead into a second one.
+pub(super) const WRITE_BUFFER: usize = 256 * 1024;
 /// A PING this long after the last one's answer, and how long its answer may take.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
@@ -207,7 +210,9 @@ pub(super) async fn open(
             .map_err(|error| reason_of(&error, Side::Client))?;
         let chain = tls.get_ref().1.peer_certificates().unwrap_or_default();
         let chain = chain.to_vec();
-        tls.get_mut().0.turn_into(Kind::TunnelOutbound);
+        let (socket, session) = tls.get_mut();
+        socket.turn_into(Kind::TunnelOutbound);
+        session.set_buffer_limit(Some(WRITE_BUFFER));
         let (stream, flusher) = coalescing(tls);
         let (requests, connection) = h2::client::Builder::new()
             .enable_push(false)

@@ -26,7 +26,8 @@ const VERSION: &[u8; 8] = b" HTTP/1.";
 #[repr(C)]
 struct Request {
     target: ProbeTarget,
-    length: u64,
+    /// The place of the last byte.
+    last: u64,
     bytes: [u8; ROOM],
 }
 
@@ -85,7 +86,7 @@ unsafe fn read(
     port: u16,
     request: *mut Request,
 ) -> bool {
-    if payload >= ROOM as u32 {
+    if payload == 0 || payload >= ROOM as u32 {
         return false;
     }
     // SAFETY: as the caller promises; the length is at most that of the place. All is read and written
@@ -93,11 +94,9 @@ unsafe fn read(
     unsafe {
         let bytes = (&raw mut (*request).bytes).cast::<u8>();
         let begin = packet.tcp + packet.tcp_length;
-        write_volatile(&raw mut (*request).length, u64::from(payload));
-        let size = read_volatile(&raw const (*request).length) & (ROOM as u64 - 1);
-        if size == 0 {
-            return false;
-        }
+        // That a length isn't 0, kernels before 6.4 don't learn from a comparison.
+        write_volatile(&raw mut (*request).last, u64::from(payload) - 1);
+        let size = (read_volatile(&raw const (*request).last) & (ROOM as u64 - 1)) + 1;
         if bpf_skb_load_bytes(ctx.skb.skb.cast(), begin, bytes.cast(), size as u32) != 0 {
             return false;
         }
@@ -120,7 +119,7 @@ unsafe fn read(
                 return false;
             }
         }
-        PROBE_TARGETS.get(&(*request).target).is_some() && ends_with_head(bytes, payload)
+        PROBE_TARGETS.get(&(*request).target).is_some() && ends_with_head(request)
     }
 }
 
@@ -154,17 +153,24 @@ unsafe fn take_target(request: *mut Request, pod: u32, port: u16) {
 ///
 /// # Safety
 ///
-/// `bytes` must be valid for [`ROOM`].
+/// As for [`read`].
 #[inline(always)]
-unsafe fn ends_with_head(bytes: *const u8, payload: u32) -> bool {
+unsafe fn ends_with_head(request: *const Request) -> bool {
+    // SAFETY: as the caller promises. Read, so that the compiler knows no bound of it and leaves the
+    // loop's own, which is the one that older verifiers see.
+    let last = unsafe { read_volatile(&raw const (*request).last) };
     let mut is_empty = false;
-    for place in 0..ROOM as u32 {
-        if place >= payload {
+    for place in 0..ROOM as u64 {
+        if place > last {
             return false;
         }
-        // SAFETY: as the caller promises.
-        match unsafe { read_volatile(bytes.add(place as usize)) } {
-            b'\n' if is_empty => return place + 1 == payload,
+        // SAFETY: as the caller promises; the place is within the array.
+        let byte = unsafe {
+            let bytes = (&raw const (*request).bytes).cast::<u8>();
+            read_volatile(bytes.add(place as usize))
+        };
+        match byte {
+            b'\n' if is_empty => return place == last,
             b'\n' => is_empty = true,
             b'\r' => {}
             _ => is_empty = false,

@@ -169,7 +169,24 @@ pub struct Maps {
 impl Programs {
     /// Loads what the agent was built with. Maps pinned in `bpffs` by an earlier agent are taken
     /// over with their content.
+    ///
+    /// A verifier that has no room on the stack for what the programs log at this level (before 6.7
+    /// each function's part counts up to 31 bytes more than it is) gets quiet ones.
     pub fn load(bpffs: &Path, log_level: u8, method: TcMethod) -> Result<Self, ProgramsError> {
+        match Self::load_at(bpffs, log_level, method) {
+            Err(ProgramsError::Verify { name, source }) if log_level > 0 => {
+                tracing::warn!(
+                    program = name,
+                    error = %refusal(&source),
+                    "the kernel refuses the eBPF programs with their log, so they are loaded without"
+                );
+                Self::load_at(bpffs, 0, method)
+            }
+            loaded => loaded,
+        }
+    }
+
+    fn load_at(bpffs: &Path, log_level: u8, method: TcMethod) -> Result<Self, ProgramsError> {
         let maps_folder = bpffs.join("maps").join(LAYOUT);
         make_folder(&maps_folder)?;
         let mut ebpf = load_object(&maps_folder, log_level)?;

@@ -12,7 +12,8 @@ use crate::{
 };
 
 /// How long an agent may take until it is ready.
-const START_LIMIT: Duration = Duration::from_secs(30);
+/// By emulation the kernel takes 20 s alone to verify the programs of two agents.
+const START_LIMIT: Duration = Duration::from_secs(90);
 
 /// How many lines of an agent's log an error shows.
 const LOG_LINES: usize = 40;

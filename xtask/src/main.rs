@@ -1,4 +1,4 @@
-//! All that a developer of malla runs: `cargo xtask build-ebpf`, `test`, `demo` and
+//! All that a developer of malla runs: `cargo xtask build-ebpf`, `test`, `vm`, `demo` and
 //! `bench`.
 //!
 //! What a step needs and the machine lacks is installed by it, with one line on what and why.
@@ -10,7 +10,10 @@ mod interrupt;
 mod packages;
 mod shell;
 mod test;
+mod vm;
 mod workspace;
+
+use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -39,6 +42,8 @@ enum Task {
         #[arg(long, value_name = "TEXT")]
         filter: Option<String>,
     },
+    /// Run tests or a command as root under another kernel, in QEMU (as root)
+    Vm(vm::Options),
     /// Show a meshed voting application on two nodes, until Ctrl-C (as root)
     Demo {
         /// Run for a few seconds, and exit with 0 only if everything that it proves held
@@ -49,12 +54,14 @@ enum Task {
     Bench(bench::Options),
 }
 
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
     match Arguments::parse().task {
-        Task::BuildEbpf { check: true } => ebpf::check(),
-        Task::BuildEbpf { check: false } => ebpf::build(),
-        Task::Test { long, filter } => test::run(long, filter.as_deref()),
-        Task::Demo { once } => demo::run(once),
-        Task::Bench(options) => bench::run(&options),
+        Task::BuildEbpf { check: true } => ebpf::check()?,
+        Task::BuildEbpf { check: false } => ebpf::build()?,
+        Task::Test { long, filter } => test::run(long, filter.as_deref())?,
+        Task::Vm(options) => return vm::run(&options),
+        Task::Demo { once } => demo::run(once)?,
+        Task::Bench(options) => bench::run(&options)?,
     }
+    Ok(ExitCode::SUCCESS)
 }

@@ -33,6 +33,16 @@ pub(crate) const FOR_TESTS: &[&str] = &[
     "wrk",
 ];
 
+/// The VM, and what its initramfs and its kernel's modules take.
+pub(crate) const FOR_VM: &[&str] = &[
+    "busybox-static",
+    "cpio",
+    "iproute2",
+    "kmod",
+    "qemu-system-x86",
+    "xz-utils",
+];
+
 /// What the bench runs, and what it needs around that.
 pub(crate) const FOR_BENCH: &[&str] = &[
     "curl",

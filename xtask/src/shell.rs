@@ -29,6 +29,25 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// Runs a program to its end without input and returns its standard output. An error if it fails.
+pub(crate) fn output(command: &mut Command) -> Result<Vec<u8>> {
+    let line = line(command);
+    command.stdin(Stdio::null()).stderr(Stdio::inherit());
+    let output = command
+        .output()
+        .with_context(|| format!("`{line}` can't be run"))?;
+    if !output.status.success() {
+        bail!("`{line}` failed: {}", output.status);
+    }
+    Ok(output.stdout)
+}
+
+/// Words as a shell reads them back.
+pub(crate) fn quote<S: AsRef<str>>(words: &[S]) -> String {
+    let quote = |word: &S| format!("'{}'", word.as_ref().replace('\'', r"'\''"));
+    words.iter().map(quote).collect::<Vec<_>>().join(" ")
+}
+
 /// What a program says on its standard output; nothing where it fails or isn't there.
 pub(crate) fn ask<S: AsRef<OsStr>>(program: impl AsRef<OsStr>, arguments: &[S]) -> Option<String> {
     let mut command = Command::new(program);

@@ -235,7 +235,7 @@ fn print_budget(name: &str, time: Duration, limit: Duration) {
 }
 
 /// The number before `word` in a line such as `ok. 3 passed; 0 failed; ...`.
-fn count(result: &str, word: &str) -> usize {
+pub(crate) fn count(result: &str, word: &str) -> usize {
     let words: Vec<&str> = result.split([' ', ';']).collect();
     let found = words.windows(2).find(|pair| pair[1] == word);
     found.and_then(|pair| pair[0].parse().ok()).unwrap_or(0)

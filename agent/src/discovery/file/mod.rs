@@ -1,12 +1,13 @@
 //! Discovery from one YAML file, watched.
 //!
 //! The way of a file: [`watch()`] notices a change and reads the text, `parse` gives it a shape,
-//! [`check()`] gives it a meaning. A file is taken whole or refused whole.
+//! [`check()`] gives it a meaning; `reader` does both for what is new in a text. A file is taken whole or refused whole.
 
 mod check;
 mod error;
 mod links;
 mod parse;
+mod reader;
 mod schema;
 mod watch;
 

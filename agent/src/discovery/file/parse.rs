@@ -7,13 +7,31 @@ use serde_saphyr::{Error, MessageFormatter as _, UserMessageFormatter};
 
 use super::{
     error::Problem,
-    schema::{MeshFile, NodeFolders, NodesOnly},
+    schema::{
+        At, MeshFile, NodeFolders, NodesOnly, ServiceEntry, ServicesOnly, WorkloadEntry,
+        WorkloadsOnly,
+    },
 };
 
 /// Reads the text, or tells the first place where it isn't a mesh file.
 pub(super) fn parse(text: &str) -> Result<MeshFile, Problem> {
     // To follow where in the file a value stands costs as much again, and only a bad one is told.
     serde_saphyr::from_str_with_options(text, options()).or_else(|_| parse_and_follow(text))
+}
+
+/// The entries of `services` alone, as they stand below that key, which has line 1. None where they
+/// aren't such entries, or not they alone.
+pub(super) fn services(entries: &str) -> Option<Vec<At<ServiceEntry>>> {
+    let text = format!("services:\n{entries}");
+    let read = serde_saphyr::from_str_with_options::<ServicesOnly>(&text, options());
+    read.ok().map(|file| file.services)
+}
+
+/// The same of `workloads`.
+pub(super) fn workloads(entries: &str) -> Option<Vec<At<WorkloadEntry>>> {
+    let text = format!("workloads:\n{entries}");
+    let read = serde_saphyr::from_str_with_options::<WorkloadsOnly>(&text, options());
+    read.ok().map(|file| file.workloads)
 }
 
 /// The size of the file is the limit of a big mesh: a workload has some thirty nodes.

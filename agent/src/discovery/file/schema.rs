@@ -76,6 +76,20 @@ pub(super) struct NodeEntry {
     pub(super) runtime: Option<At<String>>,
 }
 
+/// Workloads, read by themselves.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct WorkloadsOnly {
+    pub(super) workloads: Vec<At<WorkloadEntry>>,
+}
+
+/// Services, read by themselves.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ServicesOnly {
+    pub(super) services: Vec<At<ServiceEntry>>,
+}
+
 /// What is wanted of a file that may be bad elsewhere.
 #[derive(Debug, Deserialize)]
 pub(super) struct NodesOnly {

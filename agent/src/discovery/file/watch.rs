@@ -11,6 +11,7 @@ use std::{
     ffi::OsString,
     fs, io,
     io::Read as _,
+    mem,
     os::unix::fs::MetadataExt as _,
     path::{self, Path, PathBuf},
     sync::Arc,
@@ -21,7 +22,7 @@ use futures_util::StreamExt as _;
 use inotify::{EventMask, EventOwned, EventStream, Inotify, WatchDescriptor, WatchMask};
 use tokio::{sync::watch, task, time::Instant};
 
-use super::{check, error::Error, links};
+use super::{error::Error, links, reader::Reader};
 use crate::{
     discovery::{Discovery, Refusal, Status},
     ledger::{Entry, Kind},
@@ -52,12 +53,13 @@ pub async fn watch(path: impl Into<PathBuf>) -> Result<Discovery, Error> {
     // Watched before it is read: a change in between is seen twice rather than not at all.
     let mut watcher = Watcher::new(&path)?;
     let text = read(path.clone()).await?;
-    let (text, first) = judge(path.clone(), text).await;
+    let (reader, first) = judge(Reader::default(), path.clone(), &text).await;
     let (mesh_out, mesh) = watch::channel(Arc::new(first?));
     let (status_out, status) = watch::channel(Status::default());
     let follower = Follower {
         path,
         judged: Some(text),
+        reader,
         mesh: mesh_out,
         status: status_out,
     };
@@ -69,7 +71,8 @@ pub async fn watch(path: impl Into<PathBuf>) -> Result<Discovery, Error> {
 struct Follower {
     path: PathBuf,
     /// The last text that was judged. `None`: the file could not be read.
-    judged: Option<String>,
+    judged: Option<Arc<str>>,
+    reader: Reader,
     mesh: watch::Sender<Arc<Mesh>>,
     status: watch::Sender<Status>,
 }
@@ -108,7 +111,9 @@ impl Follower {
         if self.judged.as_ref() == Some(&text) {
             return;
         }
-        let (text, result) = judge(self.path.clone(), text).await;
+        let reader = mem::take(&mut self.reader);
+        let result;
+        (self.reader, result) = judge(reader, self.path.clone(), &text).await;
         self.judged = Some(text);
         match result {
             Ok(mesh) => self.accept(mesh),
@@ -156,15 +161,20 @@ impl Follower {
 }
 
 /// The file's text. On a blocking thread: 64 MiB from a slow disk take their time.
-async fn read(path: PathBuf) -> Result<String, Error> {
-    on_blocking_thread(move || read_blocking(&path)).await
+async fn read(path: PathBuf) -> Result<Arc<str>, Error> {
+    on_blocking_thread(move || read_blocking(&path).map(Arc::from)).await
 }
 
-/// The text, given back, and what it means.
-async fn judge(path: PathBuf, text: String) -> (String, Result<Mesh, Error>) {
+/// What the text means. The reader is given back.
+async fn judge(
+    mut reader: Reader,
+    path: PathBuf,
+    text: &Arc<str>,
+) -> (Reader, Result<Mesh, Error>) {
+    let text = Arc::clone(text);
     on_blocking_thread(move || {
-        let result = check(&path, &text);
-        (text, result)
+        let result = reader.check(&path, &text);
+        (reader, result)
     })
     .await
 }

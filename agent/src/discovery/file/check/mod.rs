@@ -34,17 +34,28 @@ const DEFAULT_NAME: &str = "default";
 
 /// The mesh that `text` describes. `path` is only what errors call the file.
 pub fn check(path: &Path, text: &str) -> Result<Mesh, Error> {
-    let invalid = |problems| Error::Invalid {
+    mesh(path, &parse(path, text)?)
+}
+
+/// The shape of `text`.
+pub(super) fn parse(path: &Path, text: &str) -> Result<MeshFile, Error> {
+    parse::parse(text).map_err(|problem| Error::Invalid {
         path: path.to_owned(),
-        problems,
-    };
-    let file = parse::parse(text).map_err(|problem| invalid(vec![problem]))?;
+        problems: vec![problem],
+    })
+}
+
+/// The mesh that `file` describes.
+pub(super) fn mesh(path: &Path, file: &MeshFile) -> Result<Mesh, Error> {
     let mut checker = Checker::default();
-    let mesh = checker.mesh(&file);
+    let mesh = checker.mesh(file);
     if checker.problems.is_empty() {
         Ok(mesh)
     } else {
-        Err(invalid(checker.problems))
+        Err(Error::Invalid {
+            path: path.to_owned(),
+            problems: checker.problems,
+        })
     }
 }
 

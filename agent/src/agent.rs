@@ -26,7 +26,7 @@ use crate::{
     config,
     discovery::{self, Discovery},
     identity::{Certificates, EmbeddedAuthority},
-    model::{Mesh, Node},
+    model::{Accelerate, Mesh, Node},
     pods::Pods,
     proxy::{Balance, Shared, Workers},
     reconcile::{Reconciler, Served},
@@ -64,6 +64,7 @@ pub struct Options {
     /// How long a pod's connections may go on when it has left the mesh.
     pub withdraw_limit: Duration,
     pub workers: Option<u16>,
+    pub accelerate: Accelerate,
 }
 
 /// Runs until SIGTERM or SIGINT, then drains.
@@ -91,6 +92,7 @@ pub async fn run(options: Options, metrics: Arc<Metrics>) -> anyhow::Result<()> 
         options.ebpf_log,
         options.tc_method,
         options.takeover,
+        options.accelerate,
     )?;
     let readiness = Readiness::default();
     let folder = config::Folder::open(&node.runtime)?;
@@ -318,6 +320,7 @@ impl Agent {
         self.report.certificates(&self.shared.certificates);
         self.report.degraded(self.pods.enrolments());
         self.report.cgroup(&self.pods.steering);
+        self.pods.accelerate();
         self.reconciler.look(|| served(&self.pods));
     }
 

@@ -18,7 +18,10 @@ use crate::{
     discovery::Changes,
     model::{Mesh, Workload, WorkloadId},
     proxy::{PodConnections, Shared, Workers},
-    steer::{Difference, EnrolError, Enrolment, Event, Kind, Pod, PodListeners, Steering},
+    steer::{
+        Difference, EnrolError, Enrolment, Event, InForce, Kind, Pod, PodListeners, Steering,
+        Verdict,
+    },
 };
 
 /// How many pods are enrolled at a time. More would only wait for each other in the kernel.
@@ -255,6 +258,31 @@ impl Pods {
         }
         pod.enrolment.set_unhealed(audited.differences.iter());
         audited.differences
+    }
+
+    /// Gives each pod what it may have of acceleration, by its settings and what this kernel is
+    /// known to do by now.
+    pub fn accelerate(&self) {
+        let acceleration = self.steering.acceleration();
+        let enrolled = self.enrolled.values();
+        acceleration.prepare(enrolled.map(|pod| pod.workload.settings.accelerate));
+        let mut pods = HashMap::<InForce, usize>::new();
+        for pod in self.enrolled.values() {
+            let in_force = acceleration.in_force(pod.workload.settings.accelerate);
+            *pods.entry(in_force).or_default() += 1;
+            if let Err(error) = pod.enrolment.accelerate(in_force.mode) {
+                tracing::error!(workload = %pod.workload.id, %error, "can't accelerate a pod");
+            }
+        }
+        let verdict = acceleration.verdict();
+        let metrics = self.shared.metrics.acceleration();
+        metrics.set_verdict(verdict.as_ref().map(Verdict::as_str));
+        metrics.set_pods(
+            pods.iter()
+                .map(|(is, pods)| (is.mode.as_str(), is.reason, *pods)),
+        );
+        let events = acceleration.events().into_iter();
+        metrics.set_directions(events.map(|(event, count)| (event.as_str(), count)));
     }
 
     /// Takes back a withdrawal that hasn't ended. Whether there was one: of another netns or

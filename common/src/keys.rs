@@ -27,6 +27,8 @@ pub mod pod_flags {
     pub const WITHDRAWN: u32 = 1 << 3;
     /// The pod has probes: rules say on which ports, and where they come from.
     pub const PROBES: u32 = 1 << 4;
+    /// The agent in charge accelerates what it accepts of the pod.
+    pub const ACCELERATED: u32 = 1 << 5;
 }
 
 /// What a rule of a pod is about.

@@ -8,6 +8,7 @@
 // without the caller's knowledge.
 #![allow(clippy::inline_always)]
 
+pub mod acceleration;
 mod address;
 mod counter;
 mod keys;

@@ -2,7 +2,9 @@
 //! listeners. One file per hook; `ARCHITECTURE.md` tells the way of a connection through them.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 
+mod accelerate;
 mod decision;
 mod egress;
 mod ingress;

@@ -47,7 +47,7 @@ pub struct InheritedStorage {
 unsafe impl Sync for InheritedStorage {}
 
 impl InheritedStorage {
-    const fn new() -> Self {
+    pub const fn new() -> Self {
         Self {
             r#type: core::ptr::null(),
             key: core::ptr::null(),

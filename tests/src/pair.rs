@@ -188,6 +188,13 @@ impl Pair {
         })
     }
 
+    /// Takes what the agents have open now for what they have at their start.
+    pub fn count_descriptors(&mut self) -> Result<()> {
+        let [a, b] = self.agents().map(Agent::open_descriptors);
+        self.descriptors = [a?, b?];
+        Ok(())
+    }
+
     pub fn agents(&self) -> [&Agent; 2] {
         [self.bed.agent(&self.a), self.bed.agent(&self.b)]
     }

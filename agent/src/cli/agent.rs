@@ -5,6 +5,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use crate::{
     agent::{self, Options},
     cleanup,
+    model::Accelerate,
     steer::{EbpfLog, TcMethod},
     telemetry::{self, LogFormat, Metrics},
 };
@@ -59,6 +60,10 @@ pub(super) struct Arguments {
     /// Worker threads; by default one for each processor that the agent may use.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(malla_common::MAX_WORKERS)))]
     workers: Option<u16>,
+    /// How far connections between an app and this agent are taken past the network stack where the
+    /// workload's own `accelerate` is `auto`; `off` turns it off for all of them.
+    #[arg(long, value_enum, default_value_t = Accelerate::Auto, value_name = "MODE")]
+    accelerate: Accelerate,
 }
 
 /// Runs until it is told to end.
@@ -96,6 +101,7 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<()> {
         drain_limit: arguments.drain_limit,
         withdraw_limit: arguments.withdraw_limit,
         workers: arguments.workers,
+        accelerate: arguments.accelerate,
     };
     control_runtime()?.block_on(agent::run(options, metrics))
 }

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
@@ -17,6 +17,7 @@ pub(super) struct Config {
     pub(super) certificates: Certificates,
     pub(super) ledger: Ledger,
     pub(super) audit: Audit,
+    pub(super) acceleration: Acceleration,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -41,7 +42,35 @@ pub(super) struct Workload {
     pub(super) id: String,
     pub(super) identity: String,
     pub(super) degraded: Vec<Degraded>,
+    pub(super) settings: Settings,
+    pub(super) acceleration: AccelerationInForce,
     pub(super) leaving_within_seconds: Option<u64>,
+}
+
+/// Of a workload's settings.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Settings {
+    pub(super) accelerate: String,
+}
+
+/// How a workload's new connections are accelerated, and why so.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct AccelerationInForce {
+    pub(super) mode: String,
+    pub(super) reason: String,
+    pub(super) why: String,
+}
+
+/// Whether the kernel may accelerate connections.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Acceleration {
+    /// None: nobody has asked.
+    pub(super) verdict: Option<String>,
+    pub(super) failure: Option<String>,
+    pub(super) limits: Vec<String>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]

@@ -13,8 +13,8 @@ use serde::{Serialize, Serializer};
 
 use super::probes::Probe;
 use crate::model::{
-    EgressMode, EndpointState, FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange, ServiceId,
-    Settings, TrafficDistribution, WorkloadId,
+    Accelerate, EgressMode, EndpointState, FailMode, InterfaceMode, MtlsMode, NestedMode,
+    PortRange, ServiceId, Settings, TrafficDistribution, WorkloadId,
 };
 
 /// The whole of `/config`.
@@ -37,6 +37,7 @@ pub struct Document {
     pub certificates: Certificates,
     pub ledger: Ledger,
     pub audit: Audit,
+    pub acceleration: Acceleration,
 }
 
 /// How the mesh file was read.
@@ -81,11 +82,34 @@ pub struct Workload {
     pub probes: Vec<Probe>,
     /// Where probes come from: this node's own addresses. Empty without any.
     pub probes_from: Vec<IpAddr>,
+    pub acceleration: AccelerationInForce,
     pub degraded: Vec<Degraded>,
     /// Connections and tunnels that live.
     pub connections: u32,
     /// How long it may still keep them, where it is leaving the mesh.
     pub leaving_within_seconds: Option<u64>,
+}
+
+/// How new connections between the app and the agent are accelerated.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AccelerationInForce {
+    pub mode: Accelerate,
+    pub reason: &'static str,
+    /// What a human wants to know of the reason.
+    pub why: &'static str,
+}
+
+/// Whether this kernel may accelerate connections.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Acceleration {
+    /// None: nobody has asked for it.
+    pub verdict: Option<&'static str>,
+    /// Why no connection is accelerated.
+    pub failure: Option<String>,
+    /// What an app may notice of it.
+    pub limits: Vec<String>,
 }
 
 /// An interface of a pod.
@@ -136,6 +160,7 @@ pub struct SettingsInForce {
     fail_mode: FailMode,
     nested: NestedMode,
     interfaces: InterfaceMode,
+    accelerate: Accelerate,
     skip_outbound_ports: Vec<String>,
     skip_inbound_ports: Vec<String>,
     skip_outbound_subnets: Vec<String>,
@@ -180,6 +205,7 @@ impl From<&Settings> for SettingsInForce {
             fail_mode: settings.fail_mode,
             nested: settings.nested,
             interfaces: settings.interfaces,
+            accelerate: settings.accelerate,
             skip_outbound_ports: ports(&settings.skip_outbound_ports),
             skip_inbound_ports: ports(&settings.skip_inbound_ports),
             skip_outbound_subnets: subnets(&settings.skip_outbound_subnets),
@@ -462,6 +488,7 @@ mod tests {
                 "failMode": "closed",
                 "nested": "refuse",
                 "interfaces": "refuse",
+                "accelerate": "auto",
                 "skipOutboundPorts": [],
                 "skipInboundPorts": ["25"],
                 "skipOutboundSubnets": ["10.0.0.0/8"],

@@ -11,9 +11,10 @@ use malla_common::Reason;
 use tokio::{task::JoinError, time::Instant};
 
 use super::document::{
-    Audit, AuthorityPart, Certificate, Certificates, Degraded, Descriptors, Difference, Document,
-    Ended, Interface, Ledger, ListenerPorts, MeshFile, Neighbour, Refusal, Refused, Service,
-    Sockets, SocketsDifference, Tunnel, Workload, WorkloadLedger,
+    Acceleration, AccelerationInForce, Audit, AuthorityPart, Certificate, Certificates, Degraded,
+    Descriptors, Difference, Document, Ended, Interface, Ledger, ListenerPorts, MeshFile,
+    Neighbour, Refusal, Refused, Service, Sockets, SocketsDifference, Tunnel, Workload,
+    WorkloadLedger,
 };
 use crate::{
     discovery::Status,
@@ -23,6 +24,7 @@ use crate::{
     pods::Pods,
     proxy,
     reconcile::Served,
+    steer::Verdict,
 };
 
 /// How the mesh file was read, with the times.
@@ -83,6 +85,7 @@ pub struct Sections {
     pub mesh: MeshStatus,
     pub certificates: Certificates,
     pub audit: Audit,
+    acceleration: Acceleration,
     workloads: Vec<Workload>,
     refused: Vec<Refused>,
     served: Vec<Served>,
@@ -106,6 +109,7 @@ impl Sections {
             mesh,
             certificates,
             audit,
+            acceleration: acceleration(pods),
             workloads: workloads(pods),
             refused: refused.collect(),
             served,
@@ -159,7 +163,17 @@ impl Sections {
                 },
             },
             audit: self.audit,
+            acceleration: self.acceleration,
         }
+    }
+}
+
+fn acceleration(pods: &Pods) -> Acceleration {
+    let verdict = pods.steering.acceleration().verdict();
+    Acceleration {
+        verdict: verdict.as_ref().map(Verdict::as_str),
+        failure: verdict.as_ref().and_then(|it| it.failure.clone()),
+        limits: verdict.map(|it| it.limits).unwrap_or_default(),
     }
 }
 
@@ -168,6 +182,8 @@ fn workloads(pods: &Pods) -> Vec<Workload> {
     pods.all()
         .map(|pod| {
             let netns = pod.enrolment.pod();
+            let asked = pod.workload.settings.accelerate;
+            let accelerated = pods.steering.acceleration().in_force(asked);
             let mut addresses = netns.addresses();
             addresses.sort_unstable();
             Workload {
@@ -186,6 +202,11 @@ fn workloads(pods: &Pods) -> Vec<Workload> {
                 settings: (&pod.workload.settings).into(),
                 probes: pod.workload.probes.list.iter().map(Into::into).collect(),
                 probes_from: pod.workload.probes.from.clone(),
+                acceleration: AccelerationInForce {
+                    mode: accelerated.mode,
+                    reason: accelerated.reason,
+                    why: accelerated.why(),
+                },
                 degraded: pod
                     .enrolment
                     .degradations()

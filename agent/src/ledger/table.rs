@@ -61,10 +61,12 @@ pub enum Kind {
     Watch,
     /// What tells how busy a worker is.
     Meter,
+    /// Programs, links and maps of socket acceleration.
+    Acceleration,
 }
 
 impl Kind {
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Listener,
         Self::ListenerCopy,
         Self::AppOutbound,
@@ -82,6 +84,7 @@ impl Kind {
         Self::Admin,
         Self::Watch,
         Self::Meter,
+        Self::Acceleration,
     ];
 
     /// The word for output.
@@ -104,6 +107,7 @@ impl Kind {
             Self::Admin => "admin",
             Self::Watch => "watch",
             Self::Meter => "meter",
+            Self::Acceleration => "acceleration",
         }
     }
 
@@ -126,7 +130,8 @@ impl Kind {
             | Self::Link
             | Self::Admin
             | Self::Watch
-            | Self::Meter => false,
+            | Self::Meter
+            | Self::Acceleration => false,
         }
     }
 }

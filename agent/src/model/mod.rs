@@ -19,7 +19,7 @@ pub use service::{
     TrafficDistribution,
 };
 pub use settings::{
-    EgressMode, FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange, Settings,
+    Accelerate, EgressMode, FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange, Settings,
 };
 pub use spiffe::SpiffeId;
 

@@ -59,6 +59,46 @@ pub enum InterfaceMode {
     Allow,
 }
 
+/// How far connections between an app and its agent are taken past the network stack.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    Default,
+    Deserialize,
+    Serialize,
+    JsonSchema,
+    clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Accelerate {
+    /// Not at all.
+    Off,
+    /// What the app sends, where the kernel lets no app notice.
+    Safe,
+    /// Both directions. The app must read with non-blocking sockets, and not by splice(2).
+    Full,
+    /// As the agent's own option says, and without one where it is known to help and to be noticed
+    /// by no app, which is nowhere yet.
+    #[default]
+    Auto,
+}
+
+impl Accelerate {
+    /// The word for output.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Safe => "safe",
+            Self::Full => "full",
+            Self::Auto => "auto",
+        }
+    }
+}
+
 /// An inclusive range of TCP ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PortRange {
@@ -85,6 +125,7 @@ pub struct Settings {
     pub fail_mode: FailMode,
     pub nested: NestedMode,
     pub interfaces: InterfaceMode,
+    pub accelerate: Accelerate,
     /// Ports that the app dials without the mesh.
     pub skip_outbound_ports: Vec<PortRange>,
     /// Ports of the app that never reach the agent.
@@ -115,6 +156,7 @@ impl Default for Settings {
             fail_mode: FailMode::default(),
             nested: NestedMode::default(),
             interfaces: InterfaceMode::default(),
+            accelerate: Accelerate::default(),
             skip_outbound_ports: Vec::new(),
             skip_inbound_ports: Vec::new(),
             skip_outbound_subnets: Vec::new(),

@@ -4,15 +4,21 @@ use std::{
     cell::RefCell,
     io,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
 use tokio::{
     io::AsyncWrite,
-    net::tcp::{ReadHalf, WriteHalf},
+    net::{
+        TcpStream,
+        tcp::{ReadHalf, WriteHalf},
+    },
 };
 use tokio_util::io::poll_read_buf;
+
+use crate::steer::{Credit, Queues};
 
 /// What one read takes at first. It grows while reads fill it.
 const MIN_CHUNK: usize = 16 * 1024;
@@ -23,8 +29,11 @@ const COPIED: usize = 16 * 1024;
 const TURN: usize = 256 * 1024;
 
 /// The buffer that all connections of one worker read into.
-#[derive(Debug, Default)]
-pub(super) struct Buffers(RefCell<BytesMut>);
+#[derive(Debug)]
+pub(super) struct Buffers {
+    buffer: RefCell<BytesMut>,
+    queues: Arc<Queues>,
+}
 
 /// Which of the two ends failed.
 #[derive(Debug)]
@@ -41,6 +50,18 @@ pub(super) struct Moved {
 }
 
 impl Buffers {
+    pub(super) fn new(queues: Arc<Queues>) -> Self {
+        Self {
+            buffer: RefCell::default(),
+            queues,
+        }
+    }
+
+    /// What may be written to `socket`. None: whatever TCP takes.
+    pub(super) fn credit(&self, socket: &TcpStream) -> Option<Credit> {
+        self.queues.credit(socket)
+    }
+
     /// Reads one chunk. Empty at the end of the stream.
     pub(super) fn poll_read(
         &self,
@@ -48,8 +69,8 @@ impl Buffers {
         pace: &mut Pace,
         reader: &mut ReadHalf<'_>,
     ) -> Poll<io::Result<Bytes>> {
-        let mut buffer = self.0.borrow_mut();
-        let read = ready!(poll_into(&mut buffer, cx, pace, reader))?;
+        let mut buffer = self.buffer.borrow_mut();
+        let read = ready!(self.poll_into(&mut buffer, cx, pace, reader))?;
         Poll::Ready(Ok(take(&mut buffer, 0, read)))
     }
 
@@ -60,14 +81,23 @@ impl Buffers {
         pace: &mut Pace,
         reader: &mut ReadHalf<'_>,
         writer: &mut WriteHalf<'_>,
+        credit: Option<&mut Credit>,
     ) -> Poll<Result<Moved, Moving>> {
-        let mut buffer = self.0.borrow_mut();
-        let read = ready!(poll_into(&mut buffer, cx, pace, reader)).map_err(Moving::Read)?;
-        let written = if read == 0 {
+        let mut buffer = self.buffer.borrow_mut();
+        let read = ready!(self.poll_into(&mut buffer, cx, pace, reader)).map_err(Moving::Read)?;
+        let at_once = credit
+            .as_ref()
+            .map_or(read, |credit| credit.left().min(read));
+        let written = if at_once == 0 {
             0
         } else {
-            match Pin::new(writer).poll_write(cx, &buffer[..read]) {
-                Poll::Ready(Ok(written)) => written,
+            match Pin::new(writer).poll_write(cx, &buffer[..at_once]) {
+                Poll::Ready(Ok(written)) => {
+                    if let Some(credit) = credit {
+                        credit.wrote(written);
+                    }
+                    written
+                }
                 Poll::Ready(Err(error)) => {
                     buffer.clear();
                     return Poll::Ready(Err(Moving::Write(error)));
@@ -78,24 +108,45 @@ impl Buffers {
         let rest = take(&mut buffer, written, read);
         Poll::Ready(Ok(Moved { bytes: read, rest }))
     }
+
+    /// Reads at most one chunk into the empty buffer.
+    fn poll_into(
+        &self,
+        buffer: &mut BytesMut,
+        cx: &mut Context<'_>,
+        pace: &mut Pace,
+        reader: &mut ReadHalf<'_>,
+    ) -> Poll<io::Result<usize>> {
+        let size = pace.chunk();
+        if buffer.capacity() < size {
+            // One block serves several reads of bulk data, and no block is larger than that.
+            buffer.reserve(MAX_CHUNK);
+        }
+        let mut limited = (&mut *buffer).limit(size);
+        let read = if self.queues.began() {
+            ready!(poll_until_empty(cx, reader.as_ref(), &mut limited))?
+        } else {
+            ready!(poll_read_buf(Pin::new(reader), cx, &mut limited))?
+        };
+        pace.filled(read);
+        Poll::Ready(Ok(read))
+    }
 }
 
-/// Reads at most one chunk into the empty buffer.
-fn poll_into(
-    buffer: &mut BytesMut,
+/// Reads, and waits only when the kernel has said that there is nothing. tokio's own read waits
+/// after one that didn't fill its buffer.
+fn poll_until_empty(
     cx: &mut Context<'_>,
-    pace: &mut Pace,
-    reader: &mut ReadHalf<'_>,
+    socket: &TcpStream,
+    buffer: &mut impl BufMut,
 ) -> Poll<io::Result<usize>> {
-    let size = pace.chunk();
-    if buffer.capacity() < size {
-        // One block serves several reads of bulk data, and no block is larger than that.
-        buffer.reserve(MAX_CHUNK);
+    loop {
+        ready!(socket.poll_read_ready(cx))?;
+        match socket.try_read_buf(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            done => return Poll::Ready(done),
+        }
     }
-    let mut limited = (&mut *buffer).limit(size);
-    let read = ready!(poll_read_buf(Pin::new(reader), cx, &mut limited))?;
-    pace.filled(read);
-    Poll::Ready(Ok(read))
 }
 
 /// Takes `written..read` out of the buffer and leaves it empty.

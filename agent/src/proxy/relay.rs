@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use h2::{Reason as H2Reason, RecvStream, SendStream};
 use tokio::{
     io::{AsyncWriteExt, Interest},
@@ -30,7 +30,10 @@ use super::{
     buffers::{Buffers, Moved, Moving, Pace},
     record::Record,
 };
-use crate::{steer::end_orderly, telemetry::Failure};
+use crate::{
+    steer::{Credit, end_orderly},
+    telemetry::Failure,
+};
 use malla_common::Reason;
 
 /// How one end of a relay failed.
@@ -233,13 +236,17 @@ impl<'a> Relay<'a> {
         mut writer: WriteHalf<'_>,
     ) -> Result<(), End> {
         let mut pace = Pace::default();
+        let mut credit = self.buffers.credit(writer.as_ref());
         loop {
-            let moved = poll_fn(|cx| self.buffers.poll_move(cx, &mut pace, reader, &mut writer))
-                .await
-                .map_err(|failure| match failure {
-                    Moving::Read(error) => side.failed(error),
-                    Moving::Write(error) => side.other().failed(error),
-                })?;
+            let moving = poll_fn(|cx| {
+                let credit = credit.as_mut();
+                self.buffers
+                    .poll_move(cx, &mut pace, reader, &mut writer, credit)
+            });
+            let moved = moving.await.map_err(|failure| match failure {
+                Moving::Read(error) => side.failed(error),
+                Moving::Write(error) => side.other().failed(error),
+            })?;
             let Moved { bytes, mut rest } = moved;
             if bytes == 0 {
                 // Fails when the other side is gone already, which its own reader notices.
@@ -249,7 +256,7 @@ impl<'a> Relay<'a> {
             if !rest.is_empty() {
                 tokio::select! {
                     biased;
-                    written = self.write(&mut writer, &mut rest) => {
+                    written = self.write(&mut writer, &mut rest, &mut credit) => {
                         written.map_err(|error| side.other().failed(error))?;
                     }
                     end = reset_of(reader, side) => return Err(end),
@@ -323,6 +330,7 @@ impl<'a> Relay<'a> {
         receiving: &Cell<Receiving>,
     ) -> Result<(), End> {
         let mut pace = Pace::default();
+        let mut credit = self.buffers.credit(writer.as_ref());
         while let Some(chunk) = receive.data().await {
             let mut chunk = match chunk {
                 Ok(chunk) => chunk,
@@ -334,7 +342,7 @@ impl<'a> Relay<'a> {
             let bytes = chunk.len();
             // Heard of by the other direction only while the write is not done at once.
             receiving.set(Receiving::Stalls);
-            self.write(&mut writer, &mut chunk)
+            self.write(&mut writer, &mut chunk, &mut credit)
                 .await
                 .map_err(|error| side.failed(error))?;
             receiving.set(Receiving::Flows);
@@ -350,10 +358,25 @@ impl<'a> Relay<'a> {
     }
 
     /// Writes all of `bytes`; each part of it is activity.
-    async fn write(&self, writer: &mut WriteHalf<'_>, bytes: &mut Bytes) -> io::Result<()> {
+    async fn write(
+        &self,
+        writer: &mut WriteHalf<'_>,
+        bytes: &mut Bytes,
+        credit: &mut Option<Credit>,
+    ) -> io::Result<()> {
         while !bytes.is_empty() {
-            if writer.write_buf(bytes).await? == 0 {
+            let mut most = bytes.len();
+            if let Some(credit) = credit {
+                credit.renew().await;
+                most = most.min(credit.left());
+            }
+            let written = writer.write(&bytes[..most]).await?;
+            if written == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
+            }
+            bytes.advance(written);
+            if let Some(credit) = credit {
+                credit.wrote(written);
             }
             self.activity.happened();
         }

@@ -260,7 +260,7 @@ pub(super) fn run(
         scopes: RefCell::new(handles.scopes),
         loads: RefCell::new(handles.loads),
         series: RefCell::new(shared.metrics.worker()),
-        buffers: Buffers::default(),
+        buffers: Buffers::new(handles.queues),
         balancer: Balancer::new(shared.balance.clone()),
         pool: Pool::default(),
         neighbours: Neighbours::default(),

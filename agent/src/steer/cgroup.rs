@@ -38,6 +38,7 @@ pub struct CgroupId(pub u64);
 #[derive(Debug)]
 pub struct OwnCgroup {
     pub id: CgroupId,
+    pub path: PathBuf,
     /// Its place in the hierarchy, as the kernel tells it.
     place: String,
 }
@@ -101,6 +102,16 @@ pub fn check(parent: &Path) -> Result<(), CgroupError> {
     Ok(())
 }
 
+/// The cgroup that all others of this hierarchy are below.
+pub fn root_above(cgroup: &Path) -> PathBuf {
+    let is_cgroup = |path: &&Path| {
+        let kind = nix::sys::statfs::statfs(*path);
+        kind.is_ok_and(|kind| kind.filesystem_type() == nix::sys::statfs::CGROUP2_SUPER_MAGIC)
+    };
+    let above = cgroup.ancestors().take_while(is_cgroup);
+    above.last().unwrap_or(cgroup).to_owned()
+}
+
 /// Moves this process into a new child of `parent`, before it makes any socket: a socket keeps
 /// the cgroup that it was made in.
 pub fn enter_child_of(parent: &Path) -> Result<OwnCgroup, CgroupError> {
@@ -113,6 +124,7 @@ pub fn enter_child_of(parent: &Path) -> Result<OwnCgroup, CgroupError> {
     let place = place().map_err(io("read", Path::new("/proc/self/cgroup")))?;
     Ok(OwnCgroup {
         id: CgroupId(inode),
+        path: child,
         place,
     })
 }

@@ -246,7 +246,10 @@ async fn from_own_address(
     destination: SocketAddr,
     limit: Duration,
 ) -> Result<Dialled, DialError> {
-    let stream = to_network(pod, destination, limit).await?;
+    let socket = pod.netns.enter(&pod.home, || new_socket(destination))??;
+    let socket = Accounted::new(socket, pod.id, Kind::Connecting);
+    pod.dial_tag.put_on(&socket);
+    let stream = connect(socket, destination, limit).await?;
     Ok(Dialled {
         stream,
         source_replaced: true,
@@ -272,6 +275,7 @@ async fn attempt(
         .netns
         .enter(&pod.home, || transparent_socket(destination))??;
     let socket = Accounted::new(socket, pod.id, Kind::Connecting);
+    pod.dial_tag.put_on(&socket);
     match socket.bind(&source.into()) {
         Ok(()) => {}
         Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) => return Ok(Attempt::Taken),

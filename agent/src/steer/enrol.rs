@@ -14,7 +14,9 @@ use std::{
 use arc_swap::ArcSwap;
 
 use super::{
-    Steering, diag,
+    Steering,
+    acceleration::DialTag,
+    diag,
     dial_ports::DialPorts,
     enrolment::{Enrolment, Made},
     events::Event,
@@ -124,6 +126,7 @@ impl Steering {
             dial_ports,
             routes: Routes::default(),
             addresses: ArcSwap::default(),
+            dial_tag: DialTag::new(self.acceleration.tags()),
         });
         let enrolment = Enrolment::new(
             workload.id.clone(),

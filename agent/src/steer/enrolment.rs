@@ -11,7 +11,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use malla_common::{Address, PodEntry, pod_flags, ports};
+use malla_common::{Address, PodEntry, acceleration::Tag, pod_flags, ports};
 use tokio::{sync::Notify, task::JoinHandle};
 
 use self::interfaces::Interfaces;
@@ -33,7 +33,7 @@ use super::{
     rules::PodRules,
     withdraw,
 };
-use crate::model::{InterfaceMode, Workload, WorkloadId};
+use crate::model::{Accelerate, InterfaceMode, Workload, WorkloadId};
 
 /// Why a pod isn't served as it should be, though it is enrolled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -107,6 +107,8 @@ struct State {
     /// Addresses that stand in the pod map.
     addresses: HashSet<IpAddr>,
     interfaces: Interfaces,
+    /// Of what the pod's app and the agent open to each other.
+    tag: Tag,
     /// What the last audit couldn't put right.
     unhealed: Vec<String>,
 }
@@ -201,6 +203,15 @@ impl Enrolment {
     pub fn let_pass(&self) -> Result<(), ProgramsError> {
         self.inner.state().rules.flags |= pod_flags::WITHDRAWN;
         self.inner.write_entries()
+    }
+
+    /// Accelerates what the app and the agent open to each other from now on, or doesn't any more.
+    pub fn accelerate(&self, mode: Accelerate) -> Result<(), ProgramsError> {
+        self.inner.accelerate(match mode {
+            Accelerate::Off | Accelerate::Auto => Tag::Plain,
+            Accelerate::Safe => Tag::Receives,
+            Accelerate::Full => Tag::Both,
+        })
     }
 
     /// Whether the pod's netns is still where the workload has it.
@@ -327,7 +338,7 @@ impl Inner {
 
     fn update(&self, workload: &Workload) -> Result<(), ProgramsError> {
         let mut state = self.state();
-        let rules = PodRules::new(self.pod.id, workload);
+        let mut rules = PodRules::new(self.pod.id, workload);
         let mut programs = lock(&self.programs);
         let maps = programs.maps();
         let before = state.rules.clone();
@@ -339,6 +350,7 @@ impl Inner {
                 name: "PORT_RULES",
                 source,
             })?;
+        rules.flags |= state.rules.flags & pod_flags::ACCELERATED;
         let entry = rules.entry(&self.pod);
         for address in &state.addresses {
             insert_address(&mut programs, *address, entry)?;
@@ -346,6 +358,27 @@ impl Inner {
         state.rules = rules;
         state.interfaces.mode = workload.settings.interfaces;
         Ok(())
+    }
+
+    fn accelerate(&self, tag: Tag) -> Result<(), ProgramsError> {
+        {
+            let listeners = self.listeners();
+            let mut state = self.state();
+            if state.tag == tag {
+                return Ok(());
+            }
+            for set in &*listeners {
+                self.pod.dial_tag.tags().set(&*set.outbound, tag);
+            }
+            self.pod.dial_tag.change(tag);
+            state.tag = tag;
+            if tag == Tag::Plain {
+                state.rules.flags &= !pod_flags::ACCELERATED;
+            } else {
+                state.rules.flags |= pod_flags::ACCELERATED;
+            }
+        }
+        self.write_entries()
     }
 
     /// Whether the pod's entries are as this agent wrote them.

@@ -6,6 +6,7 @@
 
 use std::{
     ffi::CString,
+    fs::File,
     io,
     mem::{offset_of, size_of, size_of_val},
     os::{
@@ -34,6 +35,12 @@ pub enum Target<'a> {
     Egress(u32),
     /// A netns's choice of listeners.
     Lookup(&'a Netns),
+    /// What becomes of the sockets of a cgroup and those below it.
+    SocketEvents(&'a File),
+    /// The options that they are given.
+    SocketOptions(&'a File),
+    /// The tracepoint that the program was loaded for.
+    Tracepoint,
 }
 
 /// Of linux/bpf.h.
@@ -43,6 +50,11 @@ const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_UPDATE: libc::c_int = 29;
 const BPF_LINK_DETACH: libc::c_int = 34;
+const BPF_PROG_ATTACH: libc::c_int = 8;
+const BPF_CGROUP_SOCK_OPS: u32 = 3;
+const BPF_SK_MSG_VERDICT: u32 = 7;
+const BPF_CGROUP_SETSOCKOPT: u32 = 22;
+const BPF_TRACE_RAW_TP: u32 = 23;
 const BPF_SK_LOOKUP: u32 = 36;
 const BPF_TCX_INGRESS: u32 = 46;
 const BPF_TCX_EGRESS: u32 = 47;
@@ -65,6 +77,14 @@ struct LinkCreate {
     flags: u32,
     /// Another link and the revision that is expected: none, any.
     order: [u64; 2],
+}
+
+#[repr(C)]
+struct ProgramAttach {
+    target: u32,
+    program: u32,
+    attach_type: u32,
+    flags: u32,
 }
 
 #[repr(C)]
@@ -108,6 +128,9 @@ pub fn create(program: impl AsFd, target: Target) -> io::Result<OwnedFd> {
         Target::Ingress(index) => (index, BPF_TCX_INGRESS, BPF_F_BEFORE),
         Target::Egress(index) => (index, BPF_TCX_EGRESS, BPF_F_BEFORE),
         Target::Lookup(netns) => (number(netns), BPF_SK_LOOKUP, 0),
+        Target::SocketEvents(cgroup) => (number(cgroup), BPF_CGROUP_SOCK_OPS, 0),
+        Target::SocketOptions(cgroup) => (number(cgroup), BPF_CGROUP_SETSOCKOPT, 0),
+        Target::Tracepoint => (0, BPF_TRACE_RAW_TP, 0),
     };
     let fd = bpf(
         BPF_LINK_CREATE,
@@ -121,6 +144,18 @@ pub fn create(program: impl AsFd, target: Target) -> io::Result<OwnedFd> {
     )?;
     // SAFETY: the kernel has just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Gives a program what the sockets send that are put into `map` from now on. Without a link, which
+/// such maps have no use for before Linux 6.10: it stays for as long as the map is open.
+pub fn attach_to_messages(program: impl AsFd, map: impl AsFd) -> io::Result<()> {
+    let mut attach = ProgramAttach {
+        target: number(map),
+        program: number(program),
+        attach_type: BPF_SK_MSG_VERDICT,
+        flags: 0,
+    };
+    bpf(BPF_PROG_ATTACH, &mut attach).map(|_| ())
 }
 
 /// Pins a link at `pin`, where nothing may be.

@@ -3,6 +3,7 @@
 //! Knows workloads and their settings, nothing of TLS or of any protocol above TCP. What outlives
 //! the agent on purpose (links, maps, rules, routes) goes only by [`Steering::withdraw`] and its kin.
 
+mod acceleration;
 mod attach;
 mod audit;
 mod census;
@@ -41,6 +42,7 @@ use std::{
 use aya::maps::{Array, HashMap as BpfHashMap, MapData};
 use malla_common::{Counter, Flow, WorkerLoad};
 
+pub use acceleration::{Acceleration, Credit, InForce, Queues, Verdict};
 pub use attach::TcMethod;
 pub use audit::{AUDIT_INTERVAL, Difference, Kind};
 pub use census::sockets_of;
@@ -59,7 +61,7 @@ use self::{
     attach::Attacher, cgroup::CgroupId, charge::Charge, events::Events, inherited::Inherited,
     netns::NetnsId, programs::Programs, record::Record, refusals::Refusals,
 };
-use crate::model::{Node, WorkloadId};
+use crate::model::{Accelerate, Node, WorkloadId};
 
 /// Why a node can't be steered.
 #[derive(Debug, thiserror::Error)]
@@ -97,6 +99,7 @@ pub struct Steering {
     /// Pods are enrolled side by side. Never held across an await.
     books: Mutex<Books>,
     refusals: Refusals,
+    acceleration: Arc<Acceleration>,
     events: Events,
     _log: Option<ebpf_log::Reader>,
 }
@@ -117,6 +120,7 @@ pub struct WorkerHandles {
     pub own_dial: OwnDial,
     pub scopes: BpfHashMap<MapData, Flow, u32>,
     pub loads: Array<MapData, WorkerLoad>,
+    pub queues: Arc<Queues>,
 }
 
 /// How much the programs tell of each decision.
@@ -137,6 +141,7 @@ impl Steering {
         log: EbpfLog,
         method: TcMethod,
         takeover: bool,
+        accelerate: Accelerate,
     ) -> Result<(Self, EventReceiver), SteeringError> {
         preflight::check(&node.bpffs)?;
         let holder = Charge::holder(&node.bpffs, &node.cgroup);
@@ -190,6 +195,8 @@ impl Steering {
             inherited,
             ..Books::default()
         };
+        let maps_folder = programs.maps_folder();
+        let acceleration = Acceleration::new(node, accelerate, maps_folder, &cgroup.path);
         let programs = Arc::new(Mutex::new(programs));
         let steering = Self {
             attacher: Attacher::new(&programs),
@@ -201,6 +208,7 @@ impl Steering {
             workers,
             books: Mutex::new(books),
             refusals,
+            acceleration: Arc::new(acceleration),
             events,
             _log: reader,
         };
@@ -244,8 +252,13 @@ impl Steering {
         self.charge.forget_successor();
     }
 
-    /// Lets go of what another agent is to withdraw from now on.
+    pub fn acceleration(&self) -> &Arc<Acceleration> {
+        &self.acceleration
+    }
+
+    /// Lets go of what another agent is to withdraw from now on, and leaves new connections to it.
     pub fn release_links(&self) {
+        self.acceleration.stop();
         self.attacher.release_all();
     }
 
@@ -269,6 +282,7 @@ impl Steering {
             own_dial: programs.own_dial(self.cgroup.id)?,
             scopes: programs.scopes()?,
             loads: programs.worker_loads()?,
+            queues: self.acceleration.queues(),
         })
     }
 

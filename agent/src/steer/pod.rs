@@ -4,7 +4,10 @@ use std::{collections::HashSet, net::IpAddr, sync::Arc};
 
 use arc_swap::ArcSwap;
 
-use super::{dial_ports::DialPorts, listeners::ListenerPorts, netns::Netns, routes::Routes};
+use super::{
+    acceleration::DialTag, dial_ports::DialPorts, listeners::ListenerPorts, netns::Netns,
+    routes::Routes,
+};
 
 /// A pod whose traffic is steered.
 #[derive(Debug)]
@@ -16,6 +19,7 @@ pub struct Pod {
     pub dial_ports: DialPorts,
     pub(super) routes: Routes,
     pub(super) addresses: ArcSwap<HashSet<IpAddr>>,
+    pub(super) dial_tag: DialTag,
 }
 
 impl Pod {

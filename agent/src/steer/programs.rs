@@ -189,7 +189,7 @@ impl Programs {
     fn load_at(bpffs: &Path, log_level: u8, method: TcMethod) -> Result<Self, ProgramsError> {
         let maps_folder = bpffs.join("maps").join(LAYOUT);
         make_folder(&maps_folder)?;
-        let mut ebpf = load_object(&maps_folder, log_level)?;
+        let mut ebpf = load_object(&maps_folder, log_level, Extent::Steering)?;
         let mut loaded = Loaded::default();
         for name in PROGRAMS {
             let program = classifier(&mut ebpf, name)?;
@@ -252,7 +252,7 @@ impl Programs {
 
     /// Loads a TC program once more: the kernel attaches none twice to one hook.
     pub fn load_again(&self, name: &'static str) -> Result<OwnedFd, ProgramsError> {
-        let mut ebpf = load_object(&self.maps_folder, self.log_level)?;
+        let mut ebpf = load_object(&self.maps_folder, self.log_level, Extent::Steering)?;
         let error = |source| ProgramsError::Verify { name, source };
         let program = classifier(&mut ebpf, name)?;
         program.load().map_err(error)?;
@@ -330,9 +330,36 @@ impl Programs {
     }
 }
 
+/// Which programs of the object are wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Extent {
+    Steering,
+    Acceleration,
+}
+
+/// The maps that acceleration alone fills, and that are large.
+const ACCELERATION_MAPS: [&str; 2] = ["ENDS", "WAITING"];
+/// It is there where the kernel knows MPTCP.
+const MPTCP: &str = "/proc/sys/net/mptcp/enabled";
+
 /// Loads the object, with the maps that are pinned in `maps_folder` or pins them there.
-fn load_object(maps_folder: &Path, log_level: u8) -> Result<Ebpf, aya::EbpfError> {
+pub(super) fn load_object(
+    maps_folder: &Path,
+    log_level: u8,
+    extent: Extent,
+) -> Result<Ebpf, aya::EbpfError> {
+    let knows_mptcp = u8::from(Path::new(MPTCP).exists());
     let mut loader = EbpfLoader::new();
+    match extent {
+        Extent::Steering => {
+            for name in ACCELERATION_MAPS {
+                loader.map_max_entries(name, 1);
+            }
+        }
+        Extent::Acceleration => {
+            loader.override_global("KNOWS_MPTCP", &knows_mptcp, true);
+        }
+    }
     loader.override_global(aya_log::LEVEL, &log_level, true);
     for name in MAPS {
         loader.map_pin_path(name, maps_folder.join(name));

@@ -20,6 +20,7 @@ use prometheus::{
 
 use super::{
     Direction, KernelCount,
+    acceleration::AccelerationMetrics,
     collector::{Family, Sampled, label},
     errno_label,
     identity::IdentityMetrics,
@@ -84,6 +85,7 @@ pub struct Metrics {
     pods_enrolled: IntGauge,
     enrolment_errors: IntCounterVec,
     steering: SteeringMetrics,
+    acceleration: AccelerationMetrics,
     ledger: LedgerMetrics,
 }
 
@@ -170,6 +172,7 @@ impl Metrics {
                 &["reason"],
             ),
             steering: SteeringMetrics::new(&registry),
+            acceleration: AccelerationMetrics::new(&registry),
             ledger: LedgerMetrics::new(&registry),
             registry,
             transports,
@@ -253,6 +256,11 @@ impl Metrics {
     /// A pod could not be enrolled or withdrawn. `reason` is the label of the error's variant.
     pub fn enrolment_error(&self, reason: &'static str) {
         self.enrolment_errors.with_label_values(&[reason]).inc();
+    }
+
+    /// Metrics of socket acceleration.
+    pub fn acceleration(&self) -> &AccelerationMetrics {
+        &self.acceleration
     }
 
     /// What the control side tells of steering.

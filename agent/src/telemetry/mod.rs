@@ -7,6 +7,7 @@
 //! Names and labels are Linkerd's where it has one, else they begin with `malla_`. Every cause is
 //! a word of [`malla_common::Reason`], the same in metrics and access log.
 
+mod acceleration;
 mod access;
 mod admin;
 mod collector;

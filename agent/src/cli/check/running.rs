@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use super::{Category, Check, Running};
 use crate::cli::{
     metrics::Metrics,
-    view::{Audit, Certificates, Config, Ledger},
+    view::{AccelerationInForce, Audit, Certificates, Config, Ledger},
 };
 
 /// Trust anchors and issuers that end sooner are told of, as Linkerd does: to replace them takes
@@ -42,6 +42,7 @@ pub(super) fn categories(
             ("agent-limits", vec![descriptors(&running.metrics)]),
             ("ledger", vec![ledger(&config.ledger)]),
             ("audit", audit(&config.audit, now)),
+            ("acceleration", acceleration(config)),
         ];
         categories.extend(more.map(|(name, checks)| Category { name, checks }));
     }
@@ -91,6 +92,39 @@ fn agent(running: &Running) -> Vec<Check> {
         )
     };
     vec![Check::good(what), version, ready, in_force]
+}
+
+/// What the kernel may do, and who asks for more than that.
+fn acceleration(config: &Config) -> Vec<Check> {
+    let kernel = &config.acceleration;
+    let found = match (&kernel.verdict, &kernel.failure) {
+        (None, _) => Check::good("is asked for by no workload, so this kernel hasn't been tried"),
+        (Some(_), Some(failure)) => Check::warning(
+            "is possible on this kernel",
+            failure,
+            "use another kernel, or set `accelerate: off`",
+        ),
+        (Some(verdict), None) if kernel.limits.is_empty() => {
+            Check::good(format!("is possible on this kernel ({verdict})"))
+        }
+        (Some(verdict), None) => Check::good(format!(
+            "is possible on this kernel ({verdict}: {})",
+            kernel.limits.join(", ")
+        )),
+    };
+    let is_refused = |asked: &str, pod: &AccelerationInForce| {
+        matches!(asked, "safe" | "full") && pod.mode == "off" && pod.reason != "configured"
+    };
+    let pods = config.workloads.iter();
+    let refused = pods.filter(|pod| is_refused(&pod.settings.accelerate, &pod.acceleration));
+    let refused = refused.map(|pod| {
+        Check::warning(
+            format!("{} gets `{}`", pod.id, pod.settings.accelerate),
+            &pod.acceleration.why,
+            "its connections work all the same: set `accelerate: auto`, or use a kernel that can",
+        )
+    });
+    std::iter::once(found).chain(refused).collect()
 }
 
 fn steering(config: &Config) -> Vec<Check> {

@@ -26,6 +26,7 @@ use super::{
     mesh, print, print_json,
     style::{Sign, Style},
     table::{Align, Table},
+    view::AccelerationInForce,
 };
 use crate::model::Mesh;
 use decide::{AgentState, Decision, Outcome, Source, World};
@@ -60,6 +61,8 @@ struct Explanation {
     meaning: Option<&'static str>,
     /// By node.
     agents: BTreeMap<String, AgentState>,
+    /// Of both ends' workloads, as far as their agents answer.
+    acceleration: BTreeMap<String, AccelerationInForce>,
     past: Vec<Past>,
     kernel_refused: Vec<KernelRefusals>,
 }
@@ -97,9 +100,14 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let decision = world.decide(&connects, to);
     let mut past = Vec::new();
     let mut kernel_refused = Vec::new();
+    let ids = [&source, &destination].map(|end| end.workload.as_ref().map(|it| it.id.to_string()));
+    let mut acceleration = BTreeMap::new();
     for (node, client) in &clients {
         if states.get(node) == Some(&AgentState::Answers) {
             let (config, metrics) = (client.config()?, client.metrics()?);
+            let ends = config.workloads.iter().cloned();
+            let ends = ends.filter(|pod| ids.contains(&Some(pod.id.clone())));
+            acceleration.extend(ends.map(|pod| (pod.id, pod.acceleration)));
             past.extend(past::of_pair(
                 node,
                 &config,
@@ -123,6 +131,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         meaning: decision.reason.and_then(meaning),
         decision,
         agents: states,
+        acceleration,
         past,
         kernel_refused,
     };
@@ -226,6 +235,12 @@ fn render(told: &Explanation, now: SystemTime, style: Style) -> String {
         decision.outcome.text()
     ));
     text.extend(told.meaning.map(|meaning| format!("    {meaning}\n")));
+    // Where nobody asks for it there is nothing to explain.
+    let asked = told.acceleration.iter();
+    let asked = asked.filter(|(_, is)| is.mode != "off" || is.reason != "default");
+    text.extend(
+        asked.map(|(id, is)| format!("  acceleration of {id}: {} ({})\n", is.mode, is.why)),
+    );
     if !decision.probes.is_empty() {
         let columns = [("PROBE", Align::Left), ("BECOMES", Align::Left)];
         let mut probes = Table::new(columns);
@@ -270,6 +285,24 @@ mod tests {
             },
             meaning: meaning("plaintext_refused"),
             agents: BTreeMap::new(),
+            acceleration: BTreeMap::from([
+                (
+                    "a/db".to_owned(),
+                    AccelerationInForce {
+                        mode: "full".to_owned(),
+                        reason: "configured".to_owned(),
+                        why: "as the settings say".to_owned(),
+                    },
+                ),
+                (
+                    "a/stranger".to_owned(),
+                    AccelerationInForce {
+                        mode: "off".to_owned(),
+                        reason: "default".to_owned(),
+                        why: "nobody asked".to_owned(),
+                    },
+                ),
+            ]),
             past: Vec::new(),
             kernel_refused: Vec::new(),
         };
@@ -281,7 +314,8 @@ mod tests {
              mtls   strict\n\
              \n\
              × a connection would be opened, then reset: plaintext_refused\n    \
-             A strict pod takes no plaintext.\n\
+             A strict pod takes no plaintext.\n  \
+             acceleration of a/db: full (as the settings say)\n\
              \n\
              but a declared probe passes:\n\
              PROBE                    BECOMES\n\

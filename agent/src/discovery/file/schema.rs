@@ -15,7 +15,7 @@ use serde::Deserialize;
 pub(super) use values::{At, DurationText, PortText, PortsText};
 
 use crate::model::{
-    EgressMode, FailMode, InterfaceMode, MtlsMode, NestedMode, TrafficDistribution,
+    Accelerate, EgressMode, FailMode, InterfaceMode, MtlsMode, NestedMode, TrafficDistribution,
 };
 
 /// The JSON schema of the mesh file, indented, made from the types of this module.
@@ -316,6 +316,9 @@ pub(super) struct SettingsSection {
     pub(super) nested: Option<NestedMode>,
     /// What becomes of an interface that can't be steered. Default: `refuse`.
     pub(super) interfaces: Option<InterfaceMode>,
+    /// How far connections between the app and its agent are taken past the network stack. `full`
+    /// asks of the app that it reads with non-blocking sockets, and not by splice(2). Default: `auto`.
+    pub(super) accelerate: Option<Accelerate>,
     /// Ports that the app dials without the mesh. Default: none.
     pub(super) skip_outbound_ports: Option<Vec<At<PortsText>>>,
     /// Ports of the app that never reach the agent. Default: none.
@@ -384,7 +387,7 @@ mod tests {
         names.dedup();
         assert_eq!(
             names.join(" "),
-            "addresses appProtocol bpffs certificateLifetime cgroup connectTimeout dialPorts \
+            "accelerate addresses appProtocol bpffs certificateLifetime cgroup connectTimeout dialPorts \
              directory egress egressAllowSubnets endpoints failMode grpc headless httpGet \
              identity idleTimeout interfaces labels maxConnections mesh meshConnectTimeout mode \
              mtls mtlsByPort name namespace namespaces nested netns node nodes path port ports \

@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, io, net::IpAddr, sync::Arc, time::Duration};
 
-use malla_common::{Address, ListenerKey};
+use malla_common::{Address, ListenerKey, acceleration::Tag};
 
 use super::{Enrolment, Inner};
 use crate::{
@@ -293,6 +293,8 @@ impl Inner {
             listener_map::insert(&mut programs, pod.id, &new)?;
         }
         *self.listeners() = kept;
+        // The next look tags them as the old ones were.
+        self.state().tag = Tag::Plain;
         Ok(new)
     }
 

@@ -144,3 +144,31 @@ fn descriptors_that_run_out_are_told() {
         assert_eq!(check.outcome == Outcome::Success, holds);
     }
 }
+
+#[test]
+fn who_asks_for_more_acceleration_than_the_kernel_may_do_is_told() {
+    let pod = |asked: &str, mode: &str, reason: &str| {
+        serde_json::json!({
+            "workload": format!("default/{asked}"),
+            "settings": {"accelerate": asked},
+            "acceleration": {"mode": mode, "reason": reason, "why": "it says why"},
+        })
+    };
+    let checks = acceleration(&config(serde_json::json!({
+        "workloads": [
+            pod("auto", "off", "default"),
+            pod("full", "full", "configured"),
+            pod("safe", "off", "blocking_read"),
+        ],
+        "acceleration": {"verdict": "limited", "limits": ["blocking_read", "splice"]},
+    })));
+    assert_eq!(checks.len(), 2);
+    assert_eq!(
+        checks[0].description,
+        "is possible on this kernel (limited: blocking_read, splice)"
+    );
+    assert_eq!(checks[1].description, "default/safe gets `safe`");
+    assert!(matches!(&checks[1].outcome, Outcome::Warning(fault) if fault.reason == "it says why"));
+    let untried = acceleration(&config(serde_json::json!({})));
+    assert!(matches!(untried[0].outcome, Outcome::Success));
+}

@@ -32,6 +32,7 @@ pub(super) fn resolve(
     set(&mut settings.fail_mode, section.fail_mode);
     set(&mut settings.nested, section.nested);
     set(&mut settings.interfaces, section.interfaces);
+    set(&mut settings.accelerate, section.accelerate);
 
     let mut port_list = |name, list: Option<&Vec<At<PortsText>>>| -> Option<Vec<PortRange>> {
         let parse = |text: &PortsText| values::port_range(&text.0);

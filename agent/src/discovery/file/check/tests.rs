@@ -6,7 +6,8 @@ use std::{fmt::Write as _, path::Path, time::Duration};
 
 use super::*;
 use crate::model::{
-    Ask, EgressMode, EndpointState, FailMode, InterfaceMode, MtlsMode, NestedMode, PortRange, Probe,
+    Accelerate, Ask, EgressMode, EndpointState, FailMode, InterfaceMode, MtlsMode, NestedMode,
+    PortRange, Probe,
 };
 
 /// Every field of the format.
@@ -50,6 +51,7 @@ workloads:
       failMode: open
       nested: allow
       interfaces: allow
+      accelerate: full
       skipOutboundPorts: [4567, "3000-3010"]
       skipInboundPorts: [25]
       skipOutboundSubnets: [10.9.0.0/16]
@@ -163,6 +165,7 @@ fn every_field_of_the_format_is_taken() {
             fail_mode: FailMode::Open,
             nested: NestedMode::Allow,
             interfaces: InterfaceMode::Allow,
+            accelerate: Accelerate::Full,
             skip_outbound_ports: vec![range(4567, 4567), range(3000, 3010)],
             skip_inbound_ports: vec![range(25, 25)],
             skip_outbound_subnets: vec!["10.9.0.0/16".parse().unwrap()],

@@ -1,0 +1,184 @@
+//! The programs of acceleration, as one agent loads and attaches them.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+};
+
+use aya::{
+    Btf, Ebpf,
+    maps::{HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, SkStorage},
+    programs::{BtfTracePoint, CgroupSockopt, Program, ProgramError, SkMsg, SockOps},
+};
+use malla_common::acceleration::{End, Event};
+
+use crate::{
+    ledger::{Accounted, Entry, Kind},
+    steer::{
+        links::{self, Target},
+        programs::{Extent, ProgramsError, load_object},
+    },
+};
+
+const ADDS: &str = "accelerate";
+const REDIRECTS: &str = "redirect";
+const COUNTS: &str = "consumed";
+const GUARDS: &str = "keep_plain";
+/// What [`COUNTS`] hangs on (Linux 6.3).
+const RECEIVE_HOOK: &str = "sock_recv_length";
+
+/// Why acceleration can't be had.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LoadError {
+    #[error(transparent)]
+    Programs(#[from] ProgramsError),
+    #[error("can't read the kernel's types: {0}")]
+    Btf(#[from] aya::BtfError),
+    #[error("the kernel doesn't tell what is read (`{RECEIVE_HOOK}`, Linux 6.3): {0}")]
+    ReceiveHook(ProgramError),
+    #[error("can't use a map: {0}")]
+    Map(#[from] MapError),
+    #[error("can't attach the programs: {0}")]
+    Attach(#[from] io::Error),
+}
+
+/// Loaded programs. They leave what they are attached to with this value, but for the sockets.
+pub(super) struct AccelerationPrograms {
+    adds: Accounted<OwnedFd>,
+    guards: Accounted<OwnedFd>,
+    _counts: Accounted<OwnedFd>,
+    /// While no descriptor of it is open, the kernel forgets which program it has.
+    _ends: Accounted<OwnedFd>,
+    tags: Accounted<OwnedFd>,
+    waiting: Accounted<OwnedFd>,
+    events: (PerCpuArray<MapData, u64>, Entry),
+    /// The links of what adds connections and of what guards them.
+    adding: Option<Accounted<OwnedFd>>,
+    guarding: Option<Accounted<OwnedFd>>,
+}
+
+impl AccelerationPrograms {
+    /// Loads the programs, and attaches what isn't about one cgroup.
+    pub(super) fn load(maps_folder: &Path) -> Result<Self, LoadError> {
+        let btf = Btf::from_sys_fs()?;
+        let mut ebpf =
+            load_object(maps_folder, 0, Extent::Acceleration).map_err(ProgramsError::from)?;
+        let counts: &mut BtfTracePoint = program(&mut ebpf, COUNTS)?;
+        let loaded = counts.load(RECEIVE_HOOK, &btf);
+        loaded.map_err(LoadError::ReceiveHook)?;
+        let counts = links::create(&owned(COUNTS, counts.fd())?, Target::Tracepoint)?;
+        let adds: &mut SockOps = program(&mut ebpf, ADDS)?;
+        adds.load().map_err(refused(ADDS))?;
+        let adds = owned(ADDS, adds.fd())?;
+        let guards: &mut CgroupSockopt = program(&mut ebpf, GUARDS)?;
+        guards.load().map_err(refused(GUARDS))?;
+        let guards = owned(GUARDS, guards.fd())?;
+        let redirects: &mut SkMsg = program(&mut ebpf, REDIRECTS)?;
+        redirects.load().map_err(refused(REDIRECTS))?;
+        let redirects = owned(REDIRECTS, redirects.fd())?;
+        let ends = map(&mut ebpf, "ENDS")?;
+        links::attach_to_messages(&redirects, &ends)?;
+        let events = ebpf.take_map("ACCELERATION_EVENTS");
+        let Some(Map::PerCpuArray(events)) = events else {
+            return Err(ProgramsError::Absent("ACCELERATION_EVENTS").into());
+        };
+        let entry = Entry::new(events.fd(), 0, Kind::Acceleration);
+        let events = (Map::PerCpuArray(events).try_into()?, entry);
+        Ok(Self {
+            adds: accounted(adds),
+            guards: accounted(guards),
+            _counts: accounted(counts),
+            _ends: accounted(ends),
+            tags: accounted(map(&mut ebpf, "TAGS")?),
+            waiting: accounted(map(&mut ebpf, "WAITING")?),
+            events,
+            adding: None,
+            guarding: None,
+        })
+    }
+
+    /// Adds the connections of all processes below this cgroup.
+    pub(super) fn attach(&mut self, cgroup: &Path) -> Result<(), LoadError> {
+        let cgroup = File::open(cgroup)?;
+        let guarding = links::create(&*self.guards, Target::SocketOptions(&cgroup))?;
+        self.guarding = Some(accounted(guarding));
+        let adding = links::create(&*self.adds, Target::SocketEvents(&cgroup))?;
+        self.adding = Some(accounted(adding));
+        Ok(())
+    }
+
+    /// Leaves the cgroup.
+    pub(super) fn detach(&mut self) {
+        self.stop_adding();
+        self.guarding = None;
+    }
+
+    /// Leaves the connections that live as they are.
+    pub(super) fn stop_adding(&mut self) {
+        self.adding = None;
+    }
+
+    /// A handle on the map of tags.
+    pub(super) fn tags(&self) -> Result<(SkStorage<MapData, u32>, Entry), LoadError> {
+        let (map, entry) = handle(&self.tags)?;
+        Ok((Map::SkStorage(map).try_into()?, entry))
+    }
+
+    /// A handle on the map of what waits to be read.
+    pub(super) fn waiting(&self) -> Result<(BpfHashMap<MapData, End, i64>, Entry), LoadError> {
+        let (map, entry) = handle(&self.waiting)?;
+        Ok((Map::HashMap(map).try_into()?, entry))
+    }
+
+    pub(super) fn events(&self) -> Vec<(Event, u64)> {
+        let count = |event: Event| {
+            let values = self.events.0.get(&(event as u32), 0).ok()?;
+            Some((event, values.iter().sum()))
+        };
+        Event::ALL.into_iter().filter_map(count).collect()
+    }
+}
+
+fn accounted(fd: OwnedFd) -> Accounted<OwnedFd> {
+    Accounted::new(fd, 0, Kind::Acceleration)
+}
+
+/// A second descriptor of a map.
+fn handle(map: &OwnedFd) -> Result<(MapData, Entry), LoadError> {
+    let map = MapData::from_fd(map.try_clone()?)?;
+    let entry = Entry::new(map.fd(), 0, Kind::Acceleration);
+    Ok((map, entry))
+}
+
+fn map(ebpf: &mut Ebpf, name: &'static str) -> Result<OwnedFd, LoadError> {
+    match ebpf.map(name) {
+        Some(Map::SockHash(map) | Map::SkStorage(map) | Map::HashMap(map)) => {
+            Ok(map.fd().as_fd().try_clone_to_owned()?)
+        }
+        _ => Err(ProgramsError::Absent(name).into()),
+    }
+}
+
+fn owned(
+    name: &'static str,
+    fd: Result<&aya::programs::ProgramFd, ProgramError>,
+) -> Result<OwnedFd, LoadError> {
+    let fd = fd.map_err(refused(name))?;
+    Ok(fd.as_fd().try_clone_to_owned()?)
+}
+
+fn refused(name: &'static str) -> impl Fn(ProgramError) -> ProgramsError {
+    move |source| ProgramsError::Verify { name, source }
+}
+
+fn program<'a, T>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut T, ProgramsError>
+where
+    &'a mut T: TryFrom<&'a mut Program, Error = ProgramError>,
+{
+    ebpf.program_mut(name)
+        .ok_or(ProgramsError::Absent(name))?
+        .try_into()
+        .map_err(refused(name))
+}

@@ -1,0 +1,170 @@
+//! What an app hasn't read yet of what was redirected to it, as the agent asks before it writes.
+//!
+//! The kernel would let the agent go over to TCP at any time, but not tell the app: one that waits
+//! for an event of its socket, having read less than it asked for, would wait for bytes that it has
+//! been told of. So the agent goes over when the app has read everything.
+
+use std::{
+    io,
+    net::SocketAddr,
+    os::fd::{AsFd, AsRawFd},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use aya::maps::{HashMap as BpfHashMap, MapData};
+use malla_common::{
+    Flow,
+    acceleration::{CREDIT, End},
+};
+use tokio::{net::TcpStream, time::sleep};
+
+use crate::ledger::Entry;
+
+/// Between looks whether the app has read everything, which happens once in a connection's life at
+/// most.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(50);
+
+/// How many bytes wait for each end.
+type Waiting = (BpfHashMap<MapData, End, i64>, Entry);
+
+/// The map of what waits, once something may.
+#[derive(Debug, Default)]
+pub struct Queues {
+    began: AtomicBool,
+    waiting: Mutex<Option<Waiting>>,
+}
+
+impl Queues {
+    pub(super) fn fill(&self, waiting: Waiting) {
+        *self.waiting() = Some(waiting);
+        self.began.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether connections are or have been accelerated: then a read that doesn't fill its buffer
+    /// may leave bytes in the socket, and readiness with them, which came by TCP after others had
+    /// been redirected.
+    pub fn began(&self) -> bool {
+        self.began.load(Ordering::Relaxed)
+    }
+
+    /// What may be written to `socket`, be it accelerated or not. None: whatever TCP takes.
+    pub fn credit(self: &Arc<Self>, socket: &TcpStream) -> Option<Credit> {
+        if !self.began() {
+            return None;
+        }
+        Some(Credit {
+            queues: Arc::clone(self),
+            peer: peer(socket).ok()?,
+            used: 0,
+            by_tcp: false,
+        })
+    }
+
+    /// None: nothing is redirected there.
+    fn unread(&self, end: &End) -> Option<i64> {
+        self.waiting().as_ref()?.0.get(end, 0).ok()
+    }
+
+    fn forget(&self, end: &End) {
+        if let Some((map, _)) = &mut *self.waiting() {
+            // Gone already where its socket is.
+            let _ = map.remove(end);
+        }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Option<Waiting>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What the agent may write to one app.
+#[derive(Debug)]
+pub struct Credit {
+    queues: Arc<Queues>,
+    peer: End,
+    /// Most that the app may have to read.
+    used: i64,
+    by_tcp: bool,
+}
+
+impl Credit {
+    /// How many bytes may be written without a look.
+    pub fn left(&self) -> usize {
+        if self.by_tcp {
+            return usize::MAX;
+        }
+        usize::try_from(CREDIT - self.used).unwrap_or(0)
+    }
+
+    pub fn wrote(&mut self, bytes: usize) {
+        self.used = self.used.saturating_add_unsigned(bytes as u64);
+    }
+
+    /// Waits until something may be written: looks how much was read, and where that isn't enough,
+    /// waits until it is all and goes over to TCP for good.
+    pub async fn renew(&mut self) {
+        let mut pause = FIRST_PAUSE;
+        while self.left() == 0 {
+            let unread = self.queues.unread(&self.peer);
+            match unread {
+                Some(unread) if unread > CREDIT / 2 => break,
+                Some(unread) => self.used = unread.max(0),
+                None => self.by_tcp = true,
+            }
+        }
+        while self.left() == 0 {
+            match self.queues.unread(&self.peer) {
+                Some(unread) if unread > 0 => {
+                    sleep(pause).await;
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                }
+                _ => {
+                    // Without its entry, the kernel redirects nothing more there.
+                    self.queues.forget(&self.peer);
+                    self.by_tcp = true;
+                }
+            }
+        }
+    }
+}
+
+/// The other end of `socket`, in its netns.
+fn peer(socket: &TcpStream) -> io::Result<End> {
+    let (own, other) = (socket.local_addr()?, socket.peer_addr()?);
+    let address = |end: SocketAddr| end.ip().into();
+    Ok(End {
+        netns: netns_cookie(socket)?,
+        flow: Flow {
+            source: address(other),
+            destination: address(own),
+            source_port: other.port(),
+            destination_port: own.port(),
+        },
+        reserved: 0,
+    })
+}
+
+/// The kernel's cookie of a socket's netns (Linux 5.14).
+fn netns_cookie(socket: &impl AsFd) -> io::Result<u64> {
+    let (mut cookie, mut length): (u64, libc::socklen_t) = (0, 8);
+    // SAFETY: the value lives across the call and has the length that is passed.
+    let answer = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if answer == 0 {
+        Ok(cookie)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}

@@ -50,7 +50,8 @@ fn goals() -> Vec<Goal> {
         Requests32, Requests256,
     };
     use Scenario::{
-        Direct, DirectSameNode, FloodMeshed, FloodUnmeshed, HaproxyTcpMtls, Malla, MallaSameNode,
+        Direct, DirectSameNode, FloodMeshed, FloodUnmeshed, HaproxyTcpMtls, Malla, MallaFull,
+        MallaSameNode, MallaSameNodeFull,
     };
     vec![
         at_least(Requests32, Malla, Direct, 0.90),
@@ -71,6 +72,14 @@ fn goals() -> Vec<Goal> {
         at_most(BulkCpu, MallaSameNode, HaproxyTcpMtls, 0.20),
         at_least(NewConnections, MallaSameNode, DirectSameNode, 0.95),
         at_least(Http2, MallaSameNode, DirectSameNode, 1.0),
+        at_least(Requests32, MallaFull, Direct, 1.15),
+        at_least(Requests256, MallaFull, Direct, 1.15),
+        at_most(RequestCpu, MallaFull, HaproxyTcpMtls, 0.50),
+        at_least(NewConnections, MallaFull, Direct, 0.90),
+        at_least(Requests32, MallaSameNodeFull, DirectSameNode, 1.40),
+        at_least(Requests256, MallaSameNodeFull, DirectSameNode, 1.40),
+        at_most(RequestCpu, MallaSameNodeFull, HaproxyTcpMtls, 0.25),
+        at_least(NewConnections, MallaSameNodeFull, DirectSameNode, 0.90),
         at_most(FloodHigh, FloodMeshed, FloodUnmeshed, 2.0),
     ]
 }

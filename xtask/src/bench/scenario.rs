@@ -15,10 +15,16 @@ pub(super) enum Scenario {
     HaproxyTcpMtls,
     /// Two Envoys that do the same.
     EnvoyTcpMtls,
-    /// Two agents.
+    /// Two agents in their default mode of acceleration.
     Malla,
+    /// Two agents that accelerate both directions between app and agent.
+    MallaFull,
+    /// Two agents that accelerate nothing.
+    MallaOff,
     /// One agent, which has both pods.
     MallaSameNode,
+    /// The same, and it accelerates both directions.
+    MallaSameNodeFull,
     /// One agent and many pods: how long it takes to have them.
     Enrolment,
     /// A meshed client and server, while another pod of the server's node is flooded that isn't
@@ -29,13 +35,16 @@ pub(super) enum Scenario {
 }
 
 impl Scenario {
-    pub(super) const ALL: [Self; 9] = [
+    pub(super) const ALL: [Self; 12] = [
         Self::Direct,
         Self::DirectSameNode,
         Self::HaproxyTcpMtls,
         Self::EnvoyTcpMtls,
         Self::Malla,
+        Self::MallaFull,
+        Self::MallaOff,
         Self::MallaSameNode,
+        Self::MallaSameNodeFull,
         Self::Enrolment,
         Self::FloodUnmeshed,
         Self::FloodMeshed,
@@ -51,7 +60,19 @@ impl Scenario {
 
     /// Whether client and server are on one node.
     pub(super) fn is_one_node(self) -> bool {
-        matches!(self, Self::DirectSameNode | Self::MallaSameNode)
+        matches!(
+            self,
+            Self::DirectSameNode | Self::MallaSameNode | Self::MallaSameNodeFull
+        )
+    }
+
+    /// The mode of acceleration that the mesh file sets, where it does.
+    pub(super) const fn mode(self) -> Option<&'static str> {
+        match self {
+            Self::MallaFull | Self::MallaSameNodeFull => Some("full"),
+            Self::MallaOff => Some("off"),
+            _ => None,
+        }
     }
 
     /// What it stands beside: nothing between as many nodes.
@@ -70,7 +91,10 @@ impl Scenario {
             Self::HaproxyTcpMtls => "haproxy-tcp-mtls",
             Self::EnvoyTcpMtls => "envoy-tcp-mtls",
             Self::Malla => "malla",
+            Self::MallaFull => "malla-full",
+            Self::MallaOff => "malla-off",
             Self::MallaSameNode => "malla-same-node",
+            Self::MallaSameNodeFull => "malla-same-node-full",
             Self::Enrolment => "enrolment",
             Self::FloodUnmeshed => "flood-unmeshed",
             Self::FloodMeshed => "flood-meshed",

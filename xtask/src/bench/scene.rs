@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use malla_testbed::{Capture, Node, Pod, PodSpec, Process, Testbed};
+use malla_testbed::{Agent, Capture, Node, Pod, PodSpec, Process, Testbed, until};
 
 use super::{envoy, haproxy, scenario::Scenario};
 
@@ -27,6 +27,9 @@ pub(super) const BODY: usize = 1024;
 
 /// How long a proxy may take until it listens.
 pub(super) const START_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long an agent may try the kernel's acceleration.
+const TRIAL_LIMIT: Duration = Duration::from_secs(30);
 
 /// Which processor does what; any where there is none.
 #[derive(Debug, Clone, Copy)]
@@ -107,7 +110,15 @@ impl Scene {
         if has_agents {
             let malla = programs.malla.as_ref().context("no agent to measure")?;
             bed = bed.with_agent_program(malla);
+            if let Some(mode) = scenario.mode() {
+                bed = bed.with_settings(format!("accelerate: {mode}"));
+            }
             bed.start_agents()?;
+            if let Some(mode) = scenario.mode() {
+                for node in &nodes {
+                    wait_in_force(bed.agent(node), mode)?;
+                }
+            }
             proxies.extend(nodes.iter().map(|node| bed.agent(node).process().pid()));
         }
         Ok(Self {
@@ -142,6 +153,16 @@ impl Scene {
             metrics.sum("tcp_open_total", &[("direction", "outbound")]),
         ))
     }
+}
+
+/// Waits until an agent accelerates its pods as it is told to: it tries the kernel first. Fails where
+/// the kernel may not, so that nothing is measured under another name.
+fn wait_in_force(agent: &Agent, mode: &str) -> Result<()> {
+    until(&format!("acceleration `{mode}`"), TRIAL_LIMIT, || {
+        let metrics = agent.metrics().ok()?;
+        let pods = metrics.sum("malla_acceleration_pods", &[("mode", mode)]);
+        (pods > 0.0).then_some(())
+    })
 }
 
 /// Starts nginx and an iperf3 server.

@@ -111,17 +111,16 @@ pub(super) fn of_pair(
 }
 
 /// Connections that failed at this end, or at an endpoint of this Service, and went on to another.
-fn retries(
-    node: &str,
-    metrics: &Metrics,
-    source: &End,
-    destination: &End,
-    port: u16,
-) -> impl Iterator<Item = Past> {
+fn retries(node: &str, metrics: &Metrics, source: &End, destination: &End, port: u16) -> Vec<Past> {
     let samples = metrics.of("malla_outbound_tcp_retries_total");
     let of_pair = samples.filter(|sample| {
         let there = match destination.service_id() {
-            Some(service) => sample.label("dst_service") == service.name,
+            // A Service's endpoints that are pods are those of its own namespace.
+            Some(service) => {
+                let namespace = sample.label("dst_namespace");
+                sample.label("dst_service") == service.name
+                    && (namespace.is_empty() || namespace == service.namespace)
+            }
             None => {
                 is_named(sample, destination, "dst")
                     && sample.label("target_port").parse() == Ok(port)
@@ -141,7 +140,7 @@ fn retries(
         connections,
         last: None,
     });
-    past.collect::<Vec<_>>().into_iter()
+    past.collect()
 }
 
 /// Whether a sample is of the transport that was accepted of the pair's connections.

@@ -4,7 +4,6 @@
 //! until discovery has it no more and no connection to it lives.
 
 use std::{
-    cell::Cell,
     collections::HashMap,
     fmt,
     sync::{
@@ -34,41 +33,32 @@ const LINES: usize = 2 + 1 + ERRORS.len();
 /// The lines that all ports may have, and those of the sum of others.
 pub(super) const MAX_LINES: usize = (MAX_ROUTES + 1) * LINES;
 
+const CLOSE_LABELS: &[&str] = &[
+    "error",
+    "parent_group",
+    "parent_kind",
+    "parent_name",
+    "parent_namespace",
+    "parent_port",
+    "parent_section_name",
+    "route_group",
+    "route_kind",
+    "route_name",
+    "route_namespace",
+];
+
 const OPEN: Family = Family {
     name: "outbound_tcp_route_open_total",
     help: "Connections to the Service's port.",
     kind: MetricType::COUNTER,
-    labels: &[
-        "parent_group",
-        "parent_kind",
-        "parent_name",
-        "parent_namespace",
-        "parent_port",
-        "parent_section_name",
-        "route_group",
-        "route_kind",
-        "route_name",
-        "route_namespace",
-    ],
+    labels: CLOSE_LABELS.split_at(1).1,
 };
 
 const CLOSE: Family = Family {
     name: "outbound_tcp_route_close_total",
     help: "Connections to the Service's port that ended, by Linkerd's word for the cause.",
     kind: MetricType::COUNTER,
-    labels: &[
-        "error",
-        "parent_group",
-        "parent_kind",
-        "parent_name",
-        "parent_namespace",
-        "parent_port",
-        "parent_section_name",
-        "route_group",
-        "route_kind",
-        "route_name",
-        "route_namespace",
-    ],
+    labels: CLOSE_LABELS,
 };
 
 const ENDPOINTS: Family = Family {
@@ -236,7 +226,8 @@ fn sample_endpoints(
 #[derive(Debug)]
 pub struct RouteMetrics {
     route: Arc<Route>,
-    closed: Cell<bool>,
+    /// How it ends, as far as it is known.
+    failure: Option<Reason>,
 }
 
 impl RouteMetrics {
@@ -244,25 +235,19 @@ impl RouteMetrics {
         route.opened.fetch_add(1, Ordering::Relaxed);
         Self {
             route,
-            closed: Cell::new(false),
+            failure: Some(Reason::Shutdown),
         }
     }
 
     /// It ended: in good order, or for a reason.
-    pub fn close(self, failure: Option<Reason>) {
-        self.end(failure);
-    }
-
-    fn end(&self, failure: Option<Reason>) {
-        if !self.closed.replace(true) {
-            self.route.closed[error(failure)].fetch_add(1, Ordering::Relaxed);
-        }
+    pub fn close(mut self, failure: Option<Reason>) {
+        self.failure = failure;
     }
 }
 
 impl Drop for RouteMetrics {
     fn drop(&mut self) {
-        self.end(Some(Reason::Shutdown));
+        self.route.closed[error(self.failure)].fetch_add(1, Ordering::Relaxed);
     }
 }
 

@@ -18,6 +18,7 @@
 //! [`series::MAX_LINES`] lines of them, and [`series::MAX_OF_ONE`] series of one workload; what is
 //! beyond is summed, for each reporting workload, under the other end `other`.
 
+mod families;
 mod key;
 mod reporter;
 mod routes;
@@ -38,10 +39,11 @@ use nix::errno::Errno;
 
 use super::Direction;
 use crate::model::{MtlsMode, Service, SpiffeId, Workload};
+pub(super) use families::described;
 use routes::Route;
 pub use routes::{ReadEndpoints, RouteMetrics};
 use series::Series;
-pub(super) use series::{Transports, described};
+pub(super) use series::Transports;
 
 /// The series that a worker remembers. Beyond it, the worker forgets all and begins anew.
 const MAX_REMEMBERED: usize = 4096;

@@ -15,11 +15,12 @@ use std::{
 };
 
 use malla_common::Reason;
-use prometheus::proto::{LabelPair, Metric, MetricFamily, MetricType};
+use prometheus::proto::{LabelPair, Metric, MetricFamily};
 
 use super::{
     ConnectionLabels, Failure, Peer,
-    key::{Key, LABELS, ReporterKey},
+    families::{AUTHORIZATION, FAMILIES, RETRIES},
+    key::{Key, ReporterKey},
     reporter::{self, Reporter},
     routes::{self, ReadEndpoints, Routes},
 };
@@ -47,120 +48,6 @@ pub(super) const MAX_OF_ONE: usize = MAX_LINES / LINES / 2;
 
 /// How long a series without connections may stand still before a scrape drops it.
 const RETAIN_IDLE: Duration = Duration::from_mins(10);
-
-const CLOSE_LABELS: &[&str] = &[
-    "client_id",
-    "direction",
-    "dst_namespace",
-    "dst_pod",
-    "dst_service",
-    "dst_serviceaccount",
-    "errno",
-    "namespace",
-    "no_tls_reason",
-    "peer",
-    "pod",
-    "reason",
-    "server_id",
-    "serviceaccount",
-    "src_namespace",
-    "src_pod",
-    "src_serviceaccount",
-    "target_port",
-    "tls",
-];
-
-const RETRY_LABELS: &[&str] = &[
-    "dst_namespace",
-    "dst_pod",
-    "dst_service",
-    "dst_serviceaccount",
-    "namespace",
-    "pod",
-    "reason",
-    "serviceaccount",
-    "src_namespace",
-    "src_pod",
-    "src_serviceaccount",
-    "target_port",
-];
-
-const RETRIES: Family = Family {
-    name: "malla_outbound_tcp_retries_total",
-    help: "Connections to a Service that failed at this endpoint, and then were tried at another one.",
-    kind: MetricType::COUNTER,
-    labels: RETRY_LABELS,
-};
-
-const ALLOW_LABELS: &[&str] = &[
-    "authz_group",
-    "authz_kind",
-    "authz_name",
-    "client_id",
-    "namespace",
-    "no_tls_reason",
-    "pod",
-    "serviceaccount",
-    "src_namespace",
-    "src_pod",
-    "src_serviceaccount",
-    "srv_group",
-    "srv_kind",
-    "srv_name",
-    "srv_port",
-    "target_port",
-    "tls",
-];
-
-const DENY_LABELS: &[&str] = ALLOW_LABELS.split_at(3).1;
-
-const AUTHORIZATION: [Family; 2] = [
-    Family {
-        name: "inbound_tcp_authz_allow_total",
-        help: "Connections to the pod that its mTLS mode let in.",
-        kind: MetricType::COUNTER,
-        labels: ALLOW_LABELS,
-    },
-    Family {
-        name: "inbound_tcp_authz_deny_total",
-        help: "Connections to the pod that its mTLS mode refused.",
-        kind: MetricType::COUNTER,
-        labels: DENY_LABELS,
-    },
-];
-
-const FAMILIES: [Family; 5] = [
-    Family {
-        name: "tcp_open_total",
-        help: "Transports opened.",
-        kind: MetricType::COUNTER,
-        labels: LABELS,
-    },
-    Family {
-        name: "tcp_close_total",
-        help: "Transports closed. In good order: errno and reason are empty.",
-        kind: MetricType::COUNTER,
-        labels: CLOSE_LABELS,
-    },
-    Family {
-        name: "tcp_open_connections",
-        help: "Transports that are open now.",
-        kind: MetricType::GAUGE,
-        labels: LABELS,
-    },
-    Family {
-        name: "tcp_read_bytes_total",
-        help: "Bytes read from transports.",
-        kind: MetricType::COUNTER,
-        labels: LABELS,
-    },
-    Family {
-        name: "tcp_write_bytes_total",
-        help: "Bytes written to transports.",
-        kind: MetricType::COUNTER,
-        labels: LABELS,
-    },
-];
 
 /// The counters of one transport.
 #[derive(Debug, Default)]
@@ -237,18 +124,6 @@ impl Counters {
     }
 }
 
-/// Every family that [`Transports::families`] may have.
-pub(in crate::telemetry) fn described() -> Vec<Family> {
-    [
-        &FAMILIES[..],
-        &[RETRIES],
-        &AUTHORIZATION,
-        &routes::FAMILIES,
-        &reporter::FAMILIES,
-    ]
-    .concat()
-}
-
 /// The counters of all connections with the same labels.
 #[derive(Debug, Default)]
 pub(super) struct Series {
@@ -321,7 +196,7 @@ impl Series {
             return;
         }
         let mut labels = key.labels(Peer::Dst);
-        labels.retain(|label| RETRY_LABELS.contains(&label.name()));
+        labels.retain(|label| RETRIES.labels.contains(&label.name()));
         for (reason, count) in retried.iter() {
             let mut labels = labels.clone();
             labels.push(label("reason", reason.as_str()));

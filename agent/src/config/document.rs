@@ -11,7 +11,10 @@ use std::{
 
 use serde::{Serialize, Serializer};
 
-use super::probes::Probe;
+use super::{
+    acceleration::{Acceleration, AccelerationInForce},
+    probes::Probe,
+};
 use crate::model::{
     Accelerate, EgressMode, EndpointState, FailMode, InterfaceMode, MtlsMode, NestedMode,
     PortRange, ServiceId, Settings, TrafficDistribution, WorkloadId,
@@ -88,28 +91,6 @@ pub struct Workload {
     pub connections: u32,
     /// How long it may still keep them, where it is leaving the mesh.
     pub leaving_within_seconds: Option<u64>,
-}
-
-/// How new connections between the app and the agent are accelerated.
-#[derive(Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct AccelerationInForce {
-    pub mode: Accelerate,
-    pub reason: &'static str,
-    /// What a human wants to know of the reason.
-    pub why: &'static str,
-}
-
-/// Whether this kernel may accelerate connections.
-#[derive(Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Acceleration {
-    /// None: nobody has asked for it.
-    pub verdict: Option<&'static str>,
-    /// Why no connection is accelerated.
-    pub failure: Option<String>,
-    /// What an app may notice of it.
-    pub limits: Vec<String>,
 }
 
 /// An interface of a pod.

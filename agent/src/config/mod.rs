@@ -3,6 +3,7 @@
 //! Read-only, like the admin endpoint, whose paths are there too. What it tells is asked of the
 //! agent's main task for each request: `document` has its shape, `sections` fills it.
 
+mod acceleration;
 mod document;
 mod probes;
 mod sections;

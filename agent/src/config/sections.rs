@@ -10,11 +10,13 @@ use std::{
 use malla_common::Reason;
 use tokio::{task::JoinError, time::Instant};
 
-use super::document::{
-    Acceleration, AccelerationInForce, Audit, AuthorityPart, Certificate, Certificates, Degraded,
-    Descriptors, Difference, Document, Ended, Interface, Ledger, ListenerPorts, MeshFile,
-    Neighbour, Refusal, Refused, Service, Sockets, SocketsDifference, Tunnel, Workload,
-    WorkloadLedger,
+use super::{
+    acceleration::Acceleration,
+    document::{
+        Audit, AuthorityPart, Certificate, Certificates, Degraded, Descriptors, Difference,
+        Document, Ended, Interface, Ledger, ListenerPorts, MeshFile, Neighbour, Refusal, Refused,
+        Service, Sockets, SocketsDifference, Tunnel, Workload, WorkloadLedger,
+    },
 };
 use crate::{
     discovery::Status,
@@ -24,7 +26,6 @@ use crate::{
     pods::Pods,
     proxy,
     reconcile::Served,
-    steer::Verdict,
 };
 
 /// How the mesh file was read, with the times.
@@ -109,7 +110,7 @@ impl Sections {
             mesh,
             certificates,
             audit,
-            acceleration: acceleration(pods),
+            acceleration: pods.steering.acceleration().verdict().into(),
             workloads: workloads(pods),
             refused: refused.collect(),
             served,
@@ -168,15 +169,6 @@ impl Sections {
     }
 }
 
-fn acceleration(pods: &Pods) -> Acceleration {
-    let verdict = pods.steering.acceleration().verdict();
-    Acceleration {
-        verdict: verdict.as_ref().map(Verdict::as_str),
-        failure: verdict.as_ref().and_then(|it| it.failure.clone()),
-        limits: verdict.map(|it| it.limits).unwrap_or_default(),
-    }
-}
-
 fn workloads(pods: &Pods) -> Vec<Workload> {
     let now = Instant::now();
     pods.all()
@@ -202,11 +194,7 @@ fn workloads(pods: &Pods) -> Vec<Workload> {
                 settings: (&pod.workload.settings).into(),
                 probes: pod.workload.probes.list.iter().map(Into::into).collect(),
                 probes_from: pod.workload.probes.from.clone(),
-                acceleration: AccelerationInForce {
-                    mode: accelerated.mode,
-                    reason: accelerated.reason,
-                    why: accelerated.why(),
-                },
+                acceleration: accelerated.into(),
                 degraded: pod
                     .enrolment
                     .degradations()

@@ -8,13 +8,14 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::{Context, Result};
-use malla_testbed::{Node, Process, until};
+use anyhow::Result;
+use malla_testbed::{Node, Process};
 use serde_json::{Value, json};
 
 use super::{
     authority::{self, Certificate},
-    scene::{BETWEEN, PORTS, Pins, START_LIMIT},
+    rival,
+    scene::{BETWEEN, PORTS, Pins},
 };
 use crate::{shell, workspace};
 
@@ -78,9 +79,8 @@ pub(super) fn start(
             "-c".as_ref(),
             file.as_os_str(),
         ];
-        let process = nodes[own].command(arguments).on_cpu(pins.proxies).spawn()?;
-        wait_ready(&nodes[own], &process)?;
-        processes.push(process);
+        let health = format!("http://127.0.0.1:{ADMIN}/ready");
+        processes.push(rival::start(&nodes[own], &arguments, &health, pins)?);
     }
     Ok(processes)
 }
@@ -170,15 +170,4 @@ fn address(host: &str, port: u16) -> Value {
 
 fn type_url(name: &str) -> String {
     format!("type.googleapis.com/envoy.extensions.{name}")
-}
-
-fn wait_ready(node: &Node, process: &Process) -> Result<()> {
-    let url = format!("http://127.0.0.1:{ADMIN}/ready");
-    until("Envoy to serve", START_LIMIT, || {
-        // It answers HTTP/1.1 alone.
-        let ready = node.run(["curl", "--silent", "--fail", &url]).is_ok();
-        (ready || !process.is_running()).then_some(ready)
-    })
-    .and_then(|ready| ready.then_some(()).context("Envoy ended at its start"))
-    .with_context(|| process.log())
 }

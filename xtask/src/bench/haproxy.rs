@@ -2,12 +2,13 @@
 
 use std::{fs, net::IpAddr, path::Path, sync::Arc};
 
-use anyhow::{Context, Result};
-use malla_testbed::{Node, Process, get, until};
+use anyhow::Result;
+use malla_testbed::{Node, Process};
 
 use super::{
     authority::{self, Certificate},
-    scene::{BETWEEN, PORTS, Pins, START_LIMIT},
+    rival,
+    scene::{BETWEEN, PORTS, Pins},
 };
 
 /// The port on each node that answers once haproxy serves.
@@ -51,9 +52,8 @@ pub(super) fn start(
             "-f".as_ref(),
             file.as_os_str(),
         ];
-        let process = nodes[own].command(arguments).on_cpu(pins.proxies).spawn()?;
-        wait_ready(&nodes[own], &process)?;
-        processes.push(process);
+        let health = format!("http://127.0.0.1:{HEALTH}/");
+        processes.push(rival::start(&nodes[own], &arguments, &health, pins)?);
     }
     Ok(processes)
 }
@@ -68,14 +68,4 @@ fn head() -> String {
 
 fn listen(port: u16, tls: &str, server: &str) -> String {
     format!("listen on-{port}\n  bind :{port} backlog 4096 {tls}\n  server next {server}\n")
-}
-
-fn wait_ready(node: &Node, process: &Process) -> Result<()> {
-    let address = (IpAddr::from([127, 0, 0, 1]), HEALTH).into();
-    until("haproxy to serve", START_LIMIT, || {
-        let ready = node.enter(|| get(address, "/", START_LIMIT).is_ok());
-        (ready || !process.is_running()).then_some(ready)
-    })
-    .and_then(|ready| ready.then_some(()).context("haproxy ended at its start"))
-    .with_context(|| process.log())
 }

@@ -15,6 +15,7 @@ mod paced;
 mod pods;
 mod report;
 mod results;
+mod rival;
 mod scenario;
 mod scene;
 mod usage;

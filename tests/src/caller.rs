@@ -1,6 +1,7 @@
 //! Small apps of the test itself: a server that echoes, and clients that tell what became of them.
 
 use std::{
+    collections::HashMap,
     io::{self, ErrorKind, Read, Write},
     net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -21,7 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug, Default)]
 struct Seen {
     peers: Vec<SocketAddr>,
-    streams: Vec<TcpStream>,
+    /// Those that live, by their place among the peers.
+    streams: HashMap<usize, TcpStream>,
 }
 
 /// An app that sends back what it receives, on both families. It ends when it is dropped.
@@ -80,14 +82,14 @@ impl EchoApp {
 
     /// Ends the sending side of every connection.
     pub fn half_close(&self) {
-        for stream in &self.seen().streams {
+        for stream in self.seen().streams.values() {
             // One whose peer is gone has nothing to end.
             let _ = stream.shutdown(Shutdown::Write);
         }
     }
 
     fn seen(&self) -> MutexGuard<'_, Seen> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.seen)
     }
 }
 
@@ -95,7 +97,7 @@ impl Drop for EchoApp {
     fn drop(&mut self) {
         // Wakes `accept` with an error.
         let _ = SockRef::from(&*self.listener).shutdown(Shutdown::Both);
-        for stream in &self.seen().streams {
+        for stream in self.seen().streams.values() {
             let _ = stream.shutdown(Shutdown::Both);
         }
         if let Some(accepting) = self.accepting.take() {
@@ -105,24 +107,30 @@ impl Drop for EchoApp {
     }
 }
 
-fn accept_all(listener: &TcpListener, seen: &Mutex<Seen>) {
+fn accept_all(listener: &TcpListener, seen: &Arc<Mutex<Seen>>) {
     while let Ok((stream, peer)) = listener.accept() {
         let Ok(mut kept) = stream.try_clone() else {
             continue;
         };
-        let mut notes = seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut notes = lock(seen);
+        let place = notes.peers.len();
         notes.peers.push(peer);
-        notes.streams.push(stream);
+        notes.streams.insert(place, stream);
         drop(notes);
+        let seen = Arc::clone(seen);
         thread::spawn(move || {
-            let Ok(mut reader) = kept.try_clone() else {
-                return;
-            };
-            // The peer's end ends the copy, and a reset is an end like any other.
-            let _ = io::copy(&mut reader, &mut kept);
-            let _ = kept.shutdown(Shutdown::Write);
+            if let Ok(mut reader) = kept.try_clone() {
+                // The peer's end ends the copy, and a reset is an end like any other.
+                let _ = io::copy(&mut reader, &mut kept);
+                let _ = kept.shutdown(Shutdown::Write);
+            }
+            lock(&seen).streams.remove(&place);
         });
     }
+}
+
+fn lock(seen: &Mutex<Seen>) -> MutexGuard<'_, Seen> {
+    seen.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What became of a connection and the bytes that were sent on it.

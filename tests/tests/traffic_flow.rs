@@ -42,6 +42,12 @@ fn paced(mut step: impl FnMut(usize)) {
 }
 
 fn slow_ends_get_all_bytes_at_their_own_pace(pair: &Pair) {
+    // Linux's own bound of a receive buffer. A machine's may be many times that, and how much of it a
+    // socket gets is luck.
+    for pod in [&pair.client, &pair.server] {
+        let bound = [("ipv4/tcp_rmem", "4096 131072 6291456")];
+        pod.netns().sysctls(&bound).unwrap();
+    }
     let [from_client, from_server] = [(); 2].map(|()| pair.connection().unwrap());
     let slowly_written = pair.connection().unwrap();
     thread::scope(|scope| {

@@ -2,8 +2,9 @@
 //!
 //! In this order: the agent's own packets pass; a SYN is decided about, and the decision kept in
 //! the app's socket; packets of a steered socket go to the loopback, whether an agent lives or
-//! not; answers to connections that the agent opened with a client's address go there too; the
-//! rest is older than the enrolment, or opted out, and passes.
+//! not; answers to connections that the agent opened with a client's address go there too; what the
+//! kernel still says of either, once app and agent have forgotten it, is dropped; the rest is older
+//! than the enrolment, or opted out, and passes.
 
 use aya_ebpf::{
     bindings::{BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC},
@@ -21,8 +22,10 @@ use malla_common::{
 
 use crate::{
     decision::record,
-    maps::{AGENTS, OWN_DIAL, SCOPES, count, listener_lives, opt_out, pod_at, refusal},
-    packet::{ETH_P_IP, ETH_P_IPV6, ETHERNET, Kind, NO_LINK_HEADER, Packet, RST, socket_receives},
+    maps::{AGENTS, ENDED, OWN_DIAL, SCOPES, count, listener_lives, opt_out, pod_at, refusal},
+    packet::{
+        ETH_P_IP, ETH_P_IPV6, ETHERNET, FIN, Kind, NO_LINK_HEADER, Packet, RST, socket_receives,
+    },
     probes::probed,
     refuse::{ANSWER_MARK, Towards, answer},
     sockets::{NO_POD, Socket, pod_here, sender, sent_by_listener},
@@ -73,10 +76,23 @@ fn steer(ctx: &TcContext, ip: u32) -> i32 {
         if let Some(state) = socket.and_then(Socket::state_or_new) {
             state.verdict = Verdict::Steer as u8;
         }
+        remember_end(&packet);
         return to_loopback(ctx, &packet);
+    }
+    if socket.is_none() && ENDED.get_ptr(&packet.flow).is_some() {
+        return drop(ctx, &packet, Reason::KernelReply);
     }
     pass_unsteered(&packet, socket);
     TC_ACT_UNSPEC
+}
+
+/// A TIME_WAIT socket, which no decision can be kept in, comes only after its own side's FIN.
+#[inline(always)]
+fn remember_end(packet: &Packet) {
+    if packet.has(FIN) || packet.has(RST) {
+        // The map forgets the oldest when it is full.
+        let _ = ENDED.insert(&packet.flow, 1, 0);
+    }
 }
 
 /// The agent's packets are known by the cgroup of their socket, which no app can choose; a mark
@@ -187,6 +203,8 @@ fn open(ctx: &TcContext, packet: &Packet, socket: Option<Socket>) -> i32 {
             to_loopback(ctx, packet)
         }
         Verdict::Pass => {
+            // Its predecessor with these addresses and ports may have been steered.
+            let _ = ENDED.remove(flow);
             tell(ctx, packet, Unit::Syns, Outcome::Passed, reason);
             TC_ACT_UNSPEC
         }
@@ -197,6 +215,7 @@ fn open(ctx: &TcContext, packet: &Packet, socket: Option<Socket>) -> i32 {
 /// A later packet of a steered socket. It never reaches the wire.
 #[inline(always)]
 fn follow(ctx: &TcContext, packet: &Packet) -> i32 {
+    remember_end(packet);
     if socket_receives(ctx, &packet.flow) {
         return to_loopback(ctx, packet);
     }

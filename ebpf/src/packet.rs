@@ -30,6 +30,7 @@ const IPPROTO_DESTINATION: u8 = 60;
 /// Extension headers that are read at most; more make a packet unparsable.
 const MAX_EXTENSION_HEADERS: u32 = 6;
 
+pub const FIN: u8 = 0x01;
 pub const SYN: u8 = 0x02;
 pub const RST: u8 = 0x04;
 pub const ACK: u8 = 0x10;

@@ -19,6 +19,7 @@ use malla_common::{Address, Flow, PodEntry, SocketState};
 use crate::packet::{TCP_LISTEN, THIS_NETNS, tuple};
 
 const IPPROTO_TCP: u32 = 6;
+const SOCK_STREAM: u32 = 1;
 
 /// Decisions about connections. Pinned for good: a socket that was steered by an agent long gone
 /// must still be known as such.
@@ -119,8 +120,9 @@ pub fn agent_receives(ctx: &TcContext, flow: &Flow) -> bool {
 pub struct Socket(*mut bpf_sock);
 
 /// The TCP socket that sent this packet. None for what is forwarded, sent raw, or sent by the
-/// kernel for a request or TIME_WAIT socket; none for a listener (its SYN-ACKs carry it), since
-/// what is remembered is about one connection.
+/// kernel for a request or TIME_WAIT socket (before Linux 6.13 by a raw one of its own, one per CPU
+/// for every netns); none for a listener (its SYN-ACKs carry it), since what is remembered is about
+/// one connection.
 #[inline(always)]
 pub fn sender(ctx: &TcContext) -> Option<Socket> {
     // SAFETY: the context is valid; the socket is held by the packet while the program runs, and
@@ -134,7 +136,10 @@ pub fn sender(ctx: &TcContext) -> Option<Socket> {
         if socket.is_null() {
             return None;
         }
-        if (*socket).protocol != IPPROTO_TCP || (*socket).state == TCP_LISTEN {
+        if (*socket).type_ != SOCK_STREAM || (*socket).protocol != IPPROTO_TCP {
+            return None;
+        }
+        if (*socket).state == TCP_LISTEN {
             return None;
         }
         Some(Socket(socket))

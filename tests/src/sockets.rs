@@ -17,6 +17,7 @@ pub struct TcpSocket {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TcpState {
     Established,
+    TimeWait,
     Listen,
     Other(u8),
 }
@@ -38,6 +39,7 @@ fn parse(line: &str) -> Option<TcpSocket> {
         remote: endpoint(words.next()?)?,
         state: match u8::from_str_radix(words.next()?, 16).ok()? {
             1 => TcpState::Established,
+            6 => TcpState::TimeWait,
             10 => TcpState::Listen,
             other => TcpState::Other(other),
         },

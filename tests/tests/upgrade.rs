@@ -21,6 +21,9 @@ use nix::{
 
 const LIMIT: Duration = Duration::from_secs(20);
 const MESH: u16 = 15008;
+/// Between two messages on long-lived connections.
+const BETWEEN_WORDS: Duration = Duration::from_millis(1);
+
 /// What goes on while agents come and go.
 struct Traffic {
     client: Arc<Pod>,
@@ -97,6 +100,8 @@ impl Traffic {
                 let mut received = vec![0; sent.len()];
                 stream.read_exact(&mut received).unwrap();
                 assert!(received == sent, "other bytes came back");
+                // The processors are for those that open connections.
+                thread::sleep(BETWEEN_WORDS);
             }
         }
     }
@@ -120,7 +125,9 @@ fn upgrade(upgrades: usize, long_lived: usize, callers: usize) {
         }
     });
     let opened = traffic.opened.load(Ordering::Relaxed);
-    println!("{opened} connections in {:?}", began.elapsed());
+    let took = began.elapsed();
+    let rate = opened as f64 / took.as_secs_f64();
+    println!("{opened} connections in {took:?}: {rate:.0} a second");
     let packets = wire.tcp().into_iter();
     let past = packets.filter(|packet| ![packet.from.port(), packet.to.port()].contains(&MESH));
     let past: Vec<_> = past.collect();

@@ -34,7 +34,7 @@ const PROGRAMS: [&str; 5] = ["egress", "egress_l3", "ingress", "ingress_l3", "lo
 /// The program of a netns; the others are those of interfaces.
 pub const LOOKUP: &str = "lookup";
 
-const MAPS: [&str; 17] = [
+const MAPS: [&str; 18] = [
     "AGENTS",
     "PODS",
     "LISTENERS",
@@ -44,6 +44,7 @@ const MAPS: [&str; 17] = [
     "PROBE_TARGETS",
     "PROBE_FLOWS",
     "REFUSALS",
+    "ENDED",
     "SCOPES",
     "WORKERS",
     "WORKER_LOADS",

@@ -26,8 +26,9 @@ pub(crate) fn run(once: bool) -> Result<()> {
     interrupt::catch()?;
     packages::ensure(&["iproute2"], "making namespaces")?;
     ebpf::build()?;
-    let programs = ["--package", "malla", "--package", "malla-demo"];
-    shell::run(shell::cargo().args(["build", "--quiet"]).args(programs))?;
+    // All of the workspace: two of its programs alone have other features of their dependencies,
+    // which would all be built once more for it.
+    shell::run(shell::cargo().args(["build", "--quiet", "--workspace"]))?;
     for leftover in leftovers::remove()? {
         println!("Removed what an earlier run has left: {leftover}.");
     }

@@ -1,0 +1,104 @@
+//! What a kernel still says of a connection that its app has ended and everybody has forgotten.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use malla_testbed::{
+    Fate, PORT, Pod, PodSpec, Scene, TcpState, Testbed, eventually,
+    packet::{ACK, FIN, TcpPacket},
+    say,
+};
+
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// The client's sockets towards the server, and the agent's in the client's netns.
+fn between(client: &Pod, port: u16) -> Vec<(SocketAddr, SocketAddr, TcpState)> {
+    let sockets = client.sockets().into_iter();
+    let ends = sockets.map(|socket| (socket.local, socket.remote, socket.state));
+    ends.filter(|(local, remote, _)| [local.port(), remote.port()].contains(&port))
+        .filter(|(_, _, state)| *state != TcpState::Listen)
+        .collect()
+}
+
+/// Waits until all that is left of the client's connections is `number` sockets in TIME_WAIT, and
+/// returns what the servers' FINs would be if they had to be sent again.
+fn repeated_fins(client: &Pod, number: usize) -> Vec<TcpPacket> {
+    eventually("nothing but TIME_WAIT to be left", LIMIT, || {
+        let sockets = between(client, PORT);
+        let mut states = sockets.iter().map(|(_, _, state)| *state);
+        sockets.len() == number && states.all(|state| state == TcpState::TimeWait)
+    })
+    .unwrap();
+    let fin = |(client, server, _)| TcpPacket {
+        from: server,
+        to: client,
+        seq: 1,
+        ack: 1,
+        flags: FIN | ACK,
+        payload: Vec::new(),
+    };
+    between(client, PORT).into_iter().map(fin).collect()
+}
+
+#[test]
+fn an_answer_from_time_wait_does_not_pass_the_agent_that_has_forgotten_the_connection() {
+    let scene = Scene::new("", "").unwrap();
+    let client = &scene.client;
+    let connect = |to: &IpAddr| {
+        let mut stream = client.caller().connect((*to, PORT).into()).unwrap();
+        assert_eq!(say(&mut stream, b"hello"), Fate::Echoed);
+        stream
+    };
+    let streams: Vec<_> = scene.server.addresses().iter().map(connect).collect();
+    drop(streams);
+    let fins = repeated_fins(client, 2);
+    let capture = client.capture().unwrap();
+    let sender = client.raw_sender().unwrap();
+    for fin in &fins {
+        sender.send(&fin.to_bytes()).unwrap();
+    }
+    eventually("the answers to be dropped", LIMIT, || {
+        let metrics = scene.metrics(&scene.a).unwrap();
+        metrics.steering_packets("outbound", "dropped", "kernel_reply") >= 2.0
+    })
+    .unwrap();
+    let seen = capture.tcp();
+    let past = |packet: &TcpPacket| fins.iter().any(|fin| fin.from == packet.to);
+    assert!(!seen.iter().any(past), "past the agent: {seen:?}");
+    assert_eq!(capture.missed().unwrap(), 0);
+}
+
+#[test]
+fn an_answer_from_time_wait_of_a_connection_older_than_the_enrolment_passes() {
+    let mut bed = Testbed::new("ended").unwrap();
+    let (a, b) = (bed.node("a").unwrap(), bed.node("b").unwrap());
+    let client = bed.pod(&a, PodSpec::new("client")).unwrap();
+    let server = bed.pod(&b, PodSpec::new("server").port(PORT)).unwrap();
+    let _app = server.echo(PORT).unwrap();
+    let connect = |to: &IpAddr| client.connect((*to, PORT)).unwrap();
+    let mut streams: Vec<_> = server.addresses().iter().map(connect).collect();
+    bed.start_agents().unwrap();
+    for stream in &mut streams {
+        assert_eq!(say(stream, b"hello"), Fate::Echoed);
+    }
+    drop(streams);
+    let fins = repeated_fins(&client, 2);
+    let capture = client.capture().unwrap();
+    let sender = client.raw_sender().unwrap();
+    for fin in &fins {
+        sender.send(&fin.to_bytes()).unwrap();
+    }
+    eventually("the answers to pass", LIMIT, || {
+        let seen = capture.tcp();
+        let answered = |fin: &TcpPacket| {
+            let mut packets = seen.iter();
+            packets.any(|packet| (packet.from, packet.to) == (fin.to, fin.from))
+        };
+        fins.iter().all(answered)
+    })
+    .unwrap();
+}

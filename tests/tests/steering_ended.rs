@@ -24,7 +24,7 @@ fn between(client: &Pod, port: u16) -> Vec<(SocketAddr, SocketAddr, TcpState)> {
         .collect()
 }
 
-/// Waits until all that is left of the client's connections is `number` sockets in TIME_WAIT, and
+/// Waits until all that is left of the client's connections is `number` sockets in `TIME_WAIT`, and
 /// returns what the servers' FINs would be if they had to be sent again.
 fn repeated_fins(client: &Pod, number: usize) -> Vec<TcpPacket> {
     eventually("nothing but TIME_WAIT to be left", LIMIT, || {

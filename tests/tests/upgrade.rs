@@ -126,7 +126,7 @@ fn upgrade(upgrades: usize, long_lived: usize, callers: usize) {
     });
     let opened = traffic.opened.load(Ordering::Relaxed);
     let took = began.elapsed();
-    let rate = opened as f64 / took.as_secs_f64();
+    let rate = f64::from(u32::try_from(opened).unwrap()) / took.as_secs_f64();
     println!("{opened} connections in {took:?}: {rate:.0} a second");
     let packets = wire.tcp().into_iter();
     let past = packets.filter(|packet| ![packet.from.port(), packet.to.port()].contains(&MESH));

@@ -22,6 +22,9 @@ use crate::{
 /// The port of an agent's metrics and probes.
 pub(crate) const ADMIN_PORT: u16 = 4191;
 
+/// How long an agent may take to answer there.
+const ADMIN_LIMIT: Duration = Duration::from_secs(10);
+
 /// How long an agent may take to answer with its configuration.
 const CONFIG_LIMIT: Duration = Duration::from_secs(10);
 
@@ -174,7 +177,7 @@ impl Node {
     /// Asks the agent's admin server for `path`.
     pub fn get(&self, path: &str) -> Result<Response> {
         let address = SocketAddr::new(self.addresses()[0], ADMIN_PORT);
-        self.enter(|| http::get(address, path, Duration::from_secs(2)))
+        self.enter(|| http::get(address, path, ADMIN_LIMIT))
     }
 
     /// Where the node's agent has its unix socket.

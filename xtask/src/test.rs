@@ -11,23 +11,26 @@ use std::{
 use anyhow::{Context, Result, bail};
 use malla_testbed::leftovers::{self, Leftover};
 
-use crate::{demo, ebpf, packages, shell, workspace};
+use crate::{demo, ebpf, packages, shell, vm, workspace};
 
 /// What a part's time counts against.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Budget {
     Build,
     Native,
+    Vm,
 }
 
 impl Budget {
-    const ALL: [Self; 2] = [Self::Build, Self::Native];
+    const ALL: [Self; 3] = [Self::Build, Self::Native, Self::Vm];
 
     /// On 2 cores, with nothing built yet.
     const fn limit(self) -> Duration {
         match self {
             Self::Build => Duration::from_mins(15),
             Self::Native => Duration::from_mins(25),
+            // Six for each kernel.
+            Self::Vm => Duration::from_mins(12),
         }
     }
 
@@ -35,9 +38,13 @@ impl Budget {
         match self {
             Self::Build => "build",
             Self::Native => "native tests",
+            Self::Vm => "other kernels",
         }
     }
 }
+
+/// The lines of kernels that the programs are tried on beside the machine's own.
+const KERNELS: [&str; 2] = ["6.1", "6.12"];
 
 const TOTAL_LIMIT: Duration = Duration::from_hours(1);
 
@@ -95,8 +102,16 @@ pub(crate) fn run(long: bool, filter: Option<&str>) -> Result<()> {
         report.tests(&name, &arguments, long, filter)?;
     }
     if filter.is_none() {
-        report.check("demo", || demo::run(true));
-        report.check("nothing left", || nothing_left(&before));
+        report.check("demo", Budget::Native, || demo::run(true).map(|()| (1, 0)));
+        report.check("nothing left", Budget::Native, || {
+            nothing_left(&before).map(|()| (1, 0))
+        });
+        // There the kernels are for.
+        if cfg!(target_arch = "x86_64") {
+            for line in KERNELS {
+                report.check(&format!("vm {line}"), Budget::Vm, || vm::test(line));
+            }
+        }
     }
     report.finish()
 }
@@ -135,18 +150,15 @@ impl Report {
         Ok(())
     }
 
-    /// Does what counts as one test.
-    fn check(&mut self, name: &str, work: impl FnOnce() -> Result<()>) {
+    /// Does what says how many tests have passed and failed. An error counts as one that failed.
+    fn check(&mut self, name: &str, budget: Budget, work: impl FnOnce() -> Result<(usize, usize)>) {
         println!("\n== {name}");
         let started = Instant::now();
-        let counts = match work() {
-            Ok(()) => (1, 0),
-            Err(error) => {
-                println!("{name} failed: {error:#}");
-                (0, 1)
-            }
-        };
-        self.record(name, Budget::Native, started, counts);
+        let counts = work().unwrap_or_else(|error| {
+            println!("{name} failed: {error:#}");
+            (0, 1)
+        });
+        self.record(name, budget, started, counts);
     }
 
     /// Runs tests by cargo.

@@ -4,7 +4,7 @@
 //! and caches are there as well: the machine's are only asked where its mirror is.
 
 use std::{
-    fs,
+    fmt, fs,
     path::{Path, PathBuf},
     process::Command,
     str::FromStr,
@@ -48,6 +48,15 @@ impl FromStr for Line {
             }
             _ => Err("give a line such as 6.1 or 6.12, or `newest`".to_owned()),
         }
+    }
+}
+
+impl fmt::Display for Line {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Of(line) => line,
+            Self::Newest => "newest",
+        })
     }
 }
 
@@ -280,7 +289,7 @@ impl Apt {
                 return Ok(package);
             }
         }
-        bail!("no suite of {} has a kernel {line:?}", SUITES.join(", "))
+        bail!("none of Debian's {} has one", SUITES.join(", "))
     }
 }
 

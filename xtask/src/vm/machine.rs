@@ -26,6 +26,11 @@ const BOOT_BY_EMULATION: Duration = Duration::from_secs(90);
 /// How much of the kernel's own console an error shows.
 const CONSOLE_LINES: usize = 30;
 
+/// After a panic the machine resets, which ends QEMU. The rest spares emulation what costs time and
+/// isn't what is tested: defences, tests of the kernel's own, accounting, and doubts about the clock.
+const COMMAND_LINE: &str = "console=ttyS0 loglevel=5 panic=-1 mitigations=off nokaslr init_on_alloc=0 \
+                            lsm= psi=0 cryptomgr.notests nowatchdog tsc=reliable";
+
 /// What is to be booted, and for how long it may run.
 #[derive(Debug)]
 pub(super) struct Machine<'a> {
@@ -74,7 +79,10 @@ impl Machine<'_> {
         let mut qemu = Command::new("qemu-system-x86_64");
         match accelerator {
             Accelerator::Kvm => qemu.args(["-accel", "kvm", "-cpu", "host"]),
-            Accelerator::Emulation => qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max"]),
+            // Page tables of five levels are walked for nothing.
+            Accelerator::Emulation => {
+                qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"])
+            }
         };
         qemu.args(["-M", "q35", "-smp", "2", "-m", "3072"])
             .args([
@@ -88,11 +96,7 @@ impl Machine<'_> {
             .arg(self.kernel.image())
             .arg("-initrd")
             .arg(self.initramfs)
-            // After a panic the machine resets, which ends QEMU.
-            .args([
-                "-append",
-                "console=ttyS0 loglevel=5 panic=-1 mitigations=off",
-            ])
+            .args(["-append", COMMAND_LINE])
             .arg("-serial")
             .arg(format!("file:{}", self.console().display()))
             .args(["-serial", "stdio"])

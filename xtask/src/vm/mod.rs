@@ -15,13 +15,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 
 use crate::{interrupt, packages};
 use kernel::Line;
-use machine::Machine;
+use machine::{Ended, Machine};
 use script::Script;
+
+/// After how many minutes a guest is ended, unless it is said otherwise.
+const LIMIT: u64 = 6;
 
 /// Which kernel, and what to run.
 #[derive(Debug, Args)]
@@ -30,7 +33,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "LINE")]
     kernel: Line,
     /// After how many minutes the guest is ended, which is a failure
-    #[arg(long, value_name = "MINUTES", default_value_t = 6, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "MINUTES", default_value_t = LIMIT, value_parser = clap::value_parser!(u64).range(1..))]
     limit: u64,
     /// Never use KVM
     #[arg(long)]
@@ -43,31 +46,54 @@ pub(crate) struct Options {
 
 /// Boots, runs the command, and returns its exit code.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    prepare()?;
+    let words: Vec<&str> = options.command.iter().map(String::as_str).collect();
+    let script = match words[..] {
+        ["test"] => suite::script(None)?,
+        ["test", text] => suite::script(Some(text))?,
+        _ => Script::command(&options.command),
+    };
+    let ended = boot(&options.kernel, &script, options.limit, options.emulate)?;
+    if script.has_tests {
+        println!("{} passed, {} failed", ended.passed, ended.failed);
+    }
+    Ok(ExitCode::from(ended.code))
+}
+
+/// Runs the tests that fit under the newest kernel of a line: how many have passed, and failed.
+pub(crate) fn test(line: &str) -> Result<(usize, usize)> {
+    prepare()?;
+    let line: Line = line.parse().map_err(anyhow::Error::msg)?;
+    let ended = boot(&line, &suite::script(None)?, LIMIT, false)?;
+    ensure!(
+        (ended.code == 0) == (ended.failed == 0),
+        "{} tests failed, but the exit code is {}",
+        ended.failed,
+        ended.code
+    );
+    Ok((ended.passed, ended.failed))
+}
+
+/// What every guest needs of the machine.
+fn prepare() -> Result<()> {
     ensure!(
         cfg!(target_arch = "x86_64"),
         "the VM is for x86_64 only: run the tests natively, by `cargo xtask test`"
     );
     interrupt::catch()?;
-    packages::ensure(packages::FOR_VM, "the VM")?;
-    let script = match options
-        .command
-        .iter()
-        .map(String::as_str)
-        .collect::<Vec<_>>()[..]
-    {
-        ["test"] => suite::script(None)?,
-        ["test", text] => suite::script(Some(text))?,
-        _ => Script::command(&options.command),
-    };
-    let kernel = kernel::get(&options.kernel)?;
-    let initramfs = initramfs::build(&kernel, &script)?;
+    packages::ensure(packages::FOR_VM, "the VM")
+}
+
+fn boot(line: &Line, script: &Script, limit: u64, emulate: bool) -> Result<Ended> {
+    let kernel = kernel::get(line).with_context(|| format!("getting Debian's kernel {line}"))?;
+    let initramfs = initramfs::build(&kernel, script)?;
     let machine = Machine {
         kernel: &kernel,
         initramfs: &initramfs,
-        limit: Duration::from_mins(options.limit),
+        limit: Duration::from_mins(limit),
     };
     let started = Instant::now();
-    let ended = machine.run(options.emulate)?;
+    let ended = machine.run(emulate)?;
     println!(
         "{} on Linux {} ended with {} after {:.0} s.",
         script.name,
@@ -75,8 +101,5 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         ended.code,
         started.elapsed().as_secs_f64()
     );
-    if script.has_tests {
-        println!("{} passed, {} failed", ended.passed, ended.failed);
-    }
-    Ok(ExitCode::from(ended.code))
+    Ok(ended)
 }

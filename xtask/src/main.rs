@@ -1,5 +1,5 @@
-//! All that a developer of malla runs: `cargo xtask build-ebpf`, `test`, `vm`, `demo` and
-//! `bench`.
+//! All that a developer of malla runs: `cargo xtask build-ebpf`, `test`, `vm`, `demo`,
+//! `soak` and `bench`.
 //!
 //! What a step needs and the machine lacks is installed by it, with one line on what and why.
 
@@ -9,6 +9,7 @@ mod ebpf;
 mod interrupt;
 mod packages;
 mod shell;
+mod soak;
 mod test;
 mod vm;
 mod workspace;
@@ -50,6 +51,8 @@ enum Task {
         #[arg(long)]
         once: bool,
     },
+    /// Run mixed traffic for minutes, and see that nothing of it stays (as root)
+    Soak(soak::Options),
     /// Measure what malla costs beside a direct connection and haproxy (as root)
     Bench(bench::Options),
 }
@@ -61,6 +64,7 @@ fn main() -> Result<ExitCode> {
         Task::Test { long, filter } => test::run(long, filter.as_deref())?,
         Task::Vm(options) => return vm::run(&options),
         Task::Demo { once } => demo::run(once)?,
+        Task::Soak(options) => soak::run(&options)?,
         Task::Bench(options) => bench::run(&options)?,
     }
     Ok(ExitCode::SUCCESS)

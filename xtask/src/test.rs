@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use malla_testbed::leftovers::{self, Leftover};
 
-use crate::{demo, ebpf, packages, shell, vm, workspace};
+use crate::{demo, ebpf, packages, shell, soak, vm, workspace};
 
 /// What a part's time counts against.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,8 +43,7 @@ impl Budget {
     }
 }
 
-/// The lines of kernels that the programs are tried on beside the machine's own.
-const KERNELS: [&str; 2] = ["6.1", "6.12"];
+use crate::{demo, ebpf, packages, shell, soak, vm, workspace};
 
 const TOTAL_LIMIT: Duration = Duration::from_hours(1);
 
@@ -102,16 +101,7 @@ pub(crate) fn run(long: bool, filter: Option<&str>) -> Result<()> {
         report.tests(&name, &arguments, long, filter)?;
     }
     if filter.is_none() {
-        report.check("demo", Budget::Native, || demo::run(true).map(|()| (1, 0)));
-        report.check("nothing left", Budget::Native, || {
-            nothing_left(&before).map(|()| (1, 0))
-        });
-        // There the kernels are for.
-        if cfg!(target_arch = "x86_64") {
-            for line in KERNELS {
-                report.check(&format!("vm {line}"), Budget::Vm, || vm::test(line));
-            }
-        }
+use crate::{demo, ebpf, packages, shell, soak, vm, workspace};
     }
     report.finish()
 }

@@ -43,7 +43,11 @@ impl Budget {
     }
 }
 
-use crate::{demo, ebpf, packages, shell, soak, vm, workspace};
+/// The lines of kernels that the programs are tried on beside the machine's own.
+const KERNELS: [&str; 2] = ["6.1", "6.12"];
+
+/// The least that a soak takes.
+const SOAK: Duration = Duration::from_mins(1);
 
 const TOTAL_LIMIT: Duration = Duration::from_hours(1);
 
@@ -101,7 +105,17 @@ pub(crate) fn run(long: bool, filter: Option<&str>) -> Result<()> {
         report.tests(&name, &arguments, long, filter)?;
     }
     if filter.is_none() {
-use crate::{demo, ebpf, packages, shell, soak, vm, workspace};
+        report.check("demo", Budget::Native, || demo::run(true).map(|()| (1, 0)));
+        report.check("soak", Budget::Native, || soak::soak(SOAK).map(|()| (1, 0)));
+        report.check("nothing left", Budget::Native, || {
+            nothing_left(&before).map(|()| (1, 0))
+        });
+        // There the kernels are for.
+        if cfg!(target_arch = "x86_64") {
+            for line in KERNELS {
+                report.check(&format!("vm {line}"), Budget::Vm, || vm::test(line));
+            }
+        }
     }
     report.finish()
 }

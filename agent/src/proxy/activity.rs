@@ -1,14 +1,21 @@
 //! The idle time-out of a connection.
 
-use std::{cell::Cell, time::Duration};
+use std::{
+    cell::{Cell, RefCell},
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep, sleep_until};
 
 /// When a byte moved last, for the idle time-out.
 #[derive(Debug)]
 pub(super) struct Activity {
     last: Cell<Instant>,
     limit: Option<Duration>,
+    /// Most connections have no limit, and so no timer.
+    timer: RefCell<Option<Pin<Box<Sleep>>>>,
 }
 
 impl Activity {
@@ -16,6 +23,7 @@ impl Activity {
         Self {
             last: Cell::new(Instant::now()),
             limit,
+            timer: RefCell::default(),
         }
     }
 
@@ -25,17 +33,20 @@ impl Activity {
         }
     }
 
-    /// Returns when nothing has happened for too long; never, where there is no limit.
-    pub(super) async fn ends(&self) {
+    /// Ready when nothing has happened for too long; never, where there is no limit.
+    pub(super) fn poll_ends(&self, cx: &mut Context<'_>) -> Poll<()> {
         let Some(limit) = self.limit else {
-            return std::future::pending().await;
+            return Poll::Pending;
         };
+        let mut timer = self.timer.borrow_mut();
         loop {
             let end = self.last.get() + limit;
             if Instant::now() >= end {
-                return;
+                return Poll::Ready(());
             }
-            tokio::time::sleep_until(end).await;
+            let timer = timer.get_or_insert_with(|| Box::pin(sleep_until(end)));
+            ready!(timer.as_mut().poll(cx));
+            timer.as_mut().reset(end);
         }
     }
 }

@@ -58,8 +58,8 @@ impl Buffers {
     }
 
     /// What may be written to `socket`. None: whatever TCP takes.
-    pub(super) fn credit(&self, socket: &TcpStream) -> Option<Credit> {
-        self.queues.credit(socket)
+    pub(super) fn credit(&self, socket: &TcpStream) -> Option<Box<Credit>> {
+        self.queues.credit(socket).map(Box::new)
     }
 
     /// Reads one chunk. Empty at the end of the stream.

@@ -1,10 +1,10 @@
 //! The life of a connection to an app: in plaintext, through a tunnel from another agent, or from a
 //! pod of the same node.
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc, task::Context, time::Duration};
+use std::{net::SocketAddr, pin::pin, rc::Rc, sync::Arc, task::Context, time::Duration};
 
 use bytes::Bytes;
-use h2::{RecvStream, server::SendResponse};
+use h2::{RecvStream, SendStream, server::SendResponse};
 use http::{Request, Response, StatusCode};
 use malla_common::Reason;
 use rustls::{Side as TlsSide, pki_types::CertificateDer};
@@ -13,6 +13,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
+    buffers::Buffers,
     canonical,
     coalesce::{Coalescing, Flusher, coalescing},
     cut::{self, Cause},
@@ -23,7 +24,7 @@ use super::{
     record::{Ends, Record},
     relay::{self, Side},
     tunnel,
-    tunnels::{OpenTunnel, TunnelState},
+    tunnels::{OpenTunnel, Stream, TunnelState},
     witness,
     worker::{Live, Worker},
 };
@@ -83,23 +84,20 @@ pub(super) async fn serve_plaintext(
             destination,
         };
         let result = if probed.is_expected() {
-            probed.carry(&mut client).await
+            Box::pin(probed.carry(&mut client)).await
         } else {
             Err(Reason::PlaintextRefused.into())
         };
         return record.close(result);
     }
-    let carried = async {
-        let mut server = dial(&worker, &pod, &workload, source, destination)
-            .await
-            .map_err(|e| e.reason())?;
-        record.dialled();
-        let idle = workload.settings.idle_timeout;
-        relay::tcp(&worker.buffers, &[&record], &mut client, &mut server, idle)
-            .await
-            .map_err(Failure::from)
+    let dialling = Box::pin(dial(&worker, &pod, &workload, source, destination));
+    let mut server = match dialling.await {
+        Ok(server) => server,
+        Err(error) => return record.close(Err(error.reason())),
     };
-    let result = carried.await;
+    record.dialled();
+    let idle = workload.settings.idle_timeout;
+    let result = relay::tcp(&worker.buffers, &[&record], &mut client, &mut server, idle).await;
     record.close(result);
 }
 
@@ -154,10 +152,11 @@ pub(super) async fn reach_neighbour(
         tunnelled: None,
     };
     let record = Record::open(worker, source_pod, labels, &ends);
-    let dialling = dial(worker, pod, &workload, source, destination);
-    let dialled = pair
-        .unless_cut(async { Ok(dialling.await.map_err(|error| error.reason())) })
-        .await;
+    let dialling = pin!(async {
+        let dialled = dial(worker, pod, &workload, source, destination).await;
+        Ok(dialled.map_err(|error| error.reason()))
+    });
+    let dialled = pair.unless_cut(dialling).await;
     match dialled {
         Ok(Ok(server)) => {
             record.dialled();
@@ -183,24 +182,25 @@ pub(super) async fn reach_neighbour(
 impl ToNeighbour {
     /// Moves bytes until both directions have ended. `from` is the outbound side's record.
     pub(super) async fn relay(
-        mut self,
-        worker: &Worker,
+        &mut self,
+        buffers: &Buffers,
         client: &mut TcpStream,
         from: &Record,
     ) -> Result<(), Failure> {
-        let records = [from, &self.record];
-        let relaying = relay::tcp(
-            &worker.buffers,
-            &records,
-            client,
-            &mut self.server,
-            self.idle,
-        );
-        let result = self
-            .pair
-            .unless_cut(async { relaying.await.map_err(Failure::from) })
-            .await;
-        self.record.close(result);
+        let Self {
+            pair,
+            server,
+            record,
+            idle,
+            ..
+        } = self;
+        let relaying = pin!(async {
+            relay::tcp(buffers, &[from, &*record], client, server, *idle)
+                .await
+                .map_err(Failure::from)
+        });
+        let result = pair.unless_cut(relaying).await;
+        record.close(result);
         result
     }
 }
@@ -381,19 +381,41 @@ impl InboundTunnel {
     }
 
     /// One connection: check, dial, answer, relay, record.
-    async fn carry(self: Rc<Self>, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
-        let _live = self.worker.count_live();
-        let _stream = self.state.stream();
+    fn carry(
+        self: Rc<Self>,
+        request: Request<RecvStream>,
+        respond: SendResponse<Bytes>,
+    ) -> impl Future<Output = ()> {
+        // As with what an app opens, which see.
+        let opening = Box::pin(self.open(request, respond));
+        async move {
+            let mut opened = opening.await;
+            if let Some(opened) = &mut opened {
+                opened.carry().await;
+            }
+        }
+    }
+
+    /// None: it was refused, or has failed, and that is recorded and answered.
+    async fn open(
+        self: Rc<Self>,
+        request: Request<RecvStream>,
+        mut respond: SendResponse<Bytes>,
+    ) -> Option<Opened> {
+        let live = self.worker.count_live();
+        let stream = self.state.stream();
         let destination = match self.destination(&request) {
             Ok(destination) => destination,
             Err(refusal) => {
                 self.refuse(refusal.reason);
-                return answer(&mut respond, refusal.status);
+                answer(&mut respond, refusal.status);
+                return None;
             }
         };
-        let Some(_admitted) = self.pod.admit() else {
+        let Some(admitted) = self.pod.admit() else {
             self.refuse(Reason::ConnectionLimit);
-            return answer(&mut respond, hbone::UNREACHABLE);
+            answer(&mut respond, hbone::UNREACHABLE);
+            return None;
         };
         let workload = self.pod.workload();
         let labels = ConnectionLabels {
@@ -410,36 +432,28 @@ impl InboundTunnel {
             tunnelled: Some(destination),
         };
         let record = Record::open(&self.worker, &self.pod, labels, &ends);
-        let mut receive = request.into_body();
-        let carried = async {
-            let dialled = dial(&self.worker, &self.pod, &workload, self.peer, destination).await;
-            let mut server = match dialled {
-                Ok(server) => server,
-                Err(error) => {
-                    answer(&mut respond, hbone::UNREACHABLE);
-                    return Err(error.reason().into());
-                }
-            };
-            record.dialled();
-            let mut send = respond
-                .send_response(Response::new(()), false)
-                .map_err(|_| Failure::from(self.cause.reason()))?;
-            let idle = workload.settings.idle_timeout;
-            let buffers = &self.worker.buffers;
-            relay::tunnel(
-                buffers,
-                &record,
-                Side::Server,
-                &mut server,
-                &mut send,
-                &mut receive,
-                idle,
-            )
-            .await
-            .map_err(|end| self.cause.of(end))
+        let receive = request.into_body();
+        let server = match dial(&self.worker, &self.pod, &workload, self.peer, destination).await {
+            Ok(server) => server,
+            Err(error) => {
+                answer(&mut respond, hbone::UNREACHABLE);
+                record.close(Err(error.reason()));
+                return None;
+            }
         };
-        let result = carried.await;
-        record.close(result);
+        record.dialled();
+        let Ok(send) = respond.send_response(Response::new(()), false) else {
+            record.close(Err(self.cause.reason()));
+            return None;
+        };
+        Some(Opened {
+            server,
+            send,
+            receive,
+            record,
+            tunnel: self,
+            _counted: (admitted, stream, live),
+        })
     }
 
     fn refuse(&self, reason: Reason) {
@@ -459,6 +473,36 @@ impl InboundTunnel {
             return Err(hbone::Refusal { status, reason });
         }
         Ok(destination)
+    }
+}
+
+/// A connection through a tunnel whose app is connected: all that is kept of it while it is relayed.
+struct Opened {
+    server: Accounted<TcpStream>,
+    send: SendStream<Bytes>,
+    receive: RecvStream,
+    record: Record,
+    tunnel: Rc<InboundTunnel>,
+    _counted: (Admitted, Stream, Live),
+}
+
+impl Opened {
+    /// Moves bytes until both directions have ended.
+    async fn carry(&mut self) {
+        let Self {
+            server,
+            send,
+            receive,
+            record,
+            tunnel,
+            ..
+        } = self;
+        let buffers = &tunnel.worker.buffers;
+        let idle = record.pod().workload().settings.idle_timeout;
+        let result = relay::tunnel(buffers, record, Side::Server, server, send, receive, idle)
+            .await
+            .map_err(|end| tunnel.cause.of(end));
+        record.close(result);
     }
 }
 

@@ -20,6 +20,7 @@ mod outbound;
 mod pod;
 mod pool;
 mod probe;
+mod read_ahead;
 mod record;
 mod refusals;
 mod relay;

@@ -9,6 +9,7 @@ use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
     net::IpAddr,
+    pin::Pin,
     rc::Rc,
     time::Duration,
 };
@@ -202,7 +203,7 @@ impl Pair {
     /// Runs what carries a connection until its end or the pair's.
     pub(super) async fn unless_cut<T>(
         &self,
-        carried: impl Future<Output = Result<T, Failure>>,
+        carried: Pin<&mut impl Future<Output = Result<T, Failure>>>,
     ) -> Result<T, Failure> {
         let (handle, registration) = AbortHandle::new_pair();
         let number = self.next.get();

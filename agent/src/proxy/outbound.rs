@@ -15,13 +15,13 @@ use super::{
     canonical, hbone,
     inbound::{self, ToNeighbour},
     neighbours::{self, Pair},
-    pod::PodContext,
+    pod::{Admitted, PodContext},
     pool,
     record::{Ends, Record},
     relay::{self, Side},
-    service,
+    service::{self, Balanced},
     tunnel::{Lease, OpenError},
-    worker::Worker,
+    worker::{Live, Worker},
 };
 use crate::{
     ledger::{Accounted, Kind},
@@ -83,59 +83,124 @@ pub(super) enum Server {
     Plain(Accounted<TcpStream>),
 }
 
+/// A connection whose way to the other end is open: all that is kept of it while it is relayed.
+struct Opened {
+    server: Server,
+    record: Record,
+    /// What one to a Service counts by besides.
+    balanced: Option<Balanced>,
+    _admitted: Admitted,
+    live: Live,
+    client: Accounted<TcpStream>,
+}
+
 /// Accept, resolve, connect, relay, record.
-pub(super) async fn serve(
+pub(super) fn serve(
     worker: Rc<Worker>,
     pod: Rc<PodContext>,
-    mut client: Accounted<TcpStream>,
-) {
-    let _live = worker.count_live();
+    client: Accounted<TcpStream>,
+) -> impl Future<Output = ()> {
+    // Opening takes many times the room of what is kept, and so has a place of its own.
+    let opening = Box::pin(open(worker, pod, client));
+    async move {
+        let mut opened = opening.await;
+        // Taken out of the option, it would have a second place.
+        if let Some(opened) = &mut opened {
+            opened.carry().await;
+        }
+    }
+}
+
+/// None: it was refused, or has failed, and that is recorded.
+async fn open(
+    worker: Rc<Worker>,
+    pod: Rc<PodContext>,
+    client: Accounted<TcpStream>,
+) -> Option<Opened> {
+    let live = worker.count_live();
     // A connection that its client reset before it was accepted has no ends.
     let (Ok(source), Ok(destination)) = (client.peer_addr(), client.local_addr()) else {
-        return;
+        return None;
     };
     let source = canonical(source);
     let destination = with_scope(&worker, source, canonical(destination));
     let mesh = worker.mesh();
+    let refuse = |reason| {
+        worker.refuse(Direction::Outbound, source, destination, reason);
+        None
+    };
     if is_own_listener(&pod, &mesh, destination) {
-        return worker.refuse(
-            Direction::Outbound,
-            source,
-            destination,
-            Reason::OwnListener,
-        );
+        return refuse(Reason::OwnListener);
     }
-    let Some(_admitted) = pod.admit() else {
-        return worker.refuse(
-            Direction::Outbound,
-            source,
-            destination,
-            Reason::ConnectionLimit,
-        );
+    let Some(admitted) = pod.admit() else {
+        return refuse(Reason::ConnectionLimit);
     };
     let asked = Asked {
         source,
         destination,
     };
-    if let Some(service) = mesh.service_at(destination.ip()) {
+    let (server, record, balanced) = if let Some(service) = mesh.service_at(destination.ip()) {
         let port = destination.port();
         let route = worker.series.borrow_mut().open_route(service, port);
         drop(mesh);
-        return service::serve(&worker, &pod, &mut client, asked, route).await;
-    }
-    let route = route(&worker, &pod, &mesh, source.ip(), destination);
-    drop(mesh);
-    let (labels, ends) = labels(&pod, &route, None, &asked, destination);
-    let record = Record::open(&worker, &pod, labels, &ends);
-    let told = |progress: Progress| progress.tell(&record, destination);
-    let result = match connect(&worker, &pod, &route, source, destination, told).await {
-        Ok(server) => {
-            record.dialled();
-            server.relay(&worker, &pod, &mut client, &record).await
+        let (server, record, balanced) = service::open(&worker, &pod, asked, route).await?;
+        (server, record, Some(balanced))
+    } else {
+        let route = route(&worker, &pod, &mesh, source.ip(), destination);
+        drop(mesh);
+        let (labels, ends) = labels(&pod, &route, None, &asked, destination);
+        let record = Record::open(&worker, &pod, labels, &ends);
+        let told = |progress: Progress| progress.tell(&record, destination);
+        match connect(&worker, &pod, &route, source, destination, told).await {
+            Ok(server) => (server, record, None),
+            Err(failure) => {
+                record.close(Err(failure));
+                return None;
+            }
         }
-        Err(failure) => Err(failure),
     };
-    record.close(result);
+    record.dialled();
+    Some(Opened {
+        server,
+        record,
+        balanced,
+        _admitted: admitted,
+        live,
+        client,
+    })
+}
+
+impl Opened {
+    /// Moves bytes until both directions have ended.
+    async fn carry(&mut self) {
+        let Self {
+            server,
+            record,
+            live,
+            client,
+            ..
+        } = self;
+        let buffers = &live.worker().buffers;
+        let idle = record.pod().workload().settings.idle_timeout;
+        // A tunnel is what most connections take, and what the task has room for.
+        let result = match server {
+            Server::Tunnel {
+                lease,
+                send,
+                receive,
+            } => relay::tunnel(buffers, record, Side::Client, client, send, receive, idle)
+                .await
+                .map_err(|end| lease.failed(end)),
+            Server::Neighbour(server) => Box::pin(server.relay(buffers, client, record)).await,
+            Server::Plain(server) => Box::pin(relay::tcp(buffers, &[record], client, server, idle))
+                .await
+                .map_err(Failure::from),
+        };
+        if let Some((route, _)) = self.balanced.take() {
+            route.close(result.as_ref().err().map(|failure| failure.reason));
+        }
+        self.record.close(result);
+    }
 }
 
 /// A link-local address means nothing without the interface that the SYN left by.
@@ -282,42 +347,6 @@ pub(super) async fn connect(
             }
             Err(OpenError::Again(_)) if attempts < MAX_ATTEMPTS => attempts += 1,
             Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-impl Server {
-    /// Moves bytes until both directions have ended.
-    pub(super) async fn relay(
-        self,
-        worker: &Worker,
-        pod: &PodContext,
-        client: &mut TcpStream,
-        record: &Record,
-    ) -> Result<(), Failure> {
-        let idle = pod.workload().settings.idle_timeout;
-        match self {
-            Self::Tunnel {
-                lease,
-                mut send,
-                mut receive,
-            } => relay::tunnel(
-                &worker.buffers,
-                record,
-                Side::Client,
-                client,
-                &mut send,
-                &mut receive,
-                idle,
-            )
-            .await
-            .map_err(|end| lease.failed(end)),
-            Self::Neighbour(server) => server.relay(worker, client, record).await,
-            Self::Plain(mut server) => {
-                relay::tcp(&worker.buffers, &[record], client, &mut server, idle)
-                    .await
-                    .map_err(Failure::from)
-            }
         }
     }
 }

@@ -66,6 +66,11 @@ impl Record {
         }
     }
 
+    /// Whose task carries the connection.
+    pub(super) fn pod(&self) -> &PodContext {
+        &self.pod
+    }
+
     /// The destination's agent has proved to be who discovery says.
     pub(super) fn proved(&self) {
         self.proved.set(true);
@@ -98,7 +103,7 @@ impl Record {
     }
 
     /// Ends the record: in good order, or for a reason.
-    pub(super) fn close(self, result: Result<(), impl Into<Failure>>) {
+    pub(super) fn close(&self, result: Result<(), impl Into<Failure>>) {
         self.end(result.err().map(Into::into));
     }
 

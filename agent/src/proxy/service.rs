@@ -9,7 +9,7 @@ use std::{
 };
 
 use malla_common::Reason;
-use tokio::{net::TcpStream, time::timeout};
+use tokio::time::timeout;
 
 use super::{
     balance::{Outstanding, Wish},
@@ -19,7 +19,6 @@ use super::{
     worker::Worker,
 };
 use crate::{
-    ledger::Accounted,
     model::Service,
     telemetry::{ConnectionLabels, Direction, Failure, RouteMetrics},
 };
@@ -27,14 +26,16 @@ use crate::{
 /// Endpoints that a connection tries before it is refused.
 const MAX_ENDPOINTS: usize = 10;
 
-/// Chooses, connects, relays, records.
-pub(super) async fn serve(
+/// What a connection to a Service counts by: the port's metrics, and its endpoint's connections.
+pub(super) type Balanced = (RouteMetrics, Outstanding);
+
+/// Chooses and connects. None: it has failed, and that is recorded.
+pub(super) async fn open(
     worker: &Rc<Worker>,
     pod: &Rc<PodContext>,
-    client: &mut Accounted<TcpStream>,
     asked: Asked,
     route: RouteMetrics,
-) {
+) -> Option<(Server, Record, Balanced)> {
     let mut attempts = Attempts {
         worker,
         pod,
@@ -49,17 +50,17 @@ pub(super) async fn serve(
     let Some(record) = attempts.record() else {
         let reason = connected.err().map_or(Reason::NoEndpoint, |f| f.reason);
         route.close(Some(reason));
-        return worker.refuse(Direction::Outbound, asked.source, asked.destination, reason);
+        worker.refuse(Direction::Outbound, asked.source, asked.destination, reason);
+        return None;
     };
-    let result = match connected {
-        Ok((server, _outstanding)) => {
-            record.dialled();
-            server.relay(worker, pod, client, &record).await
+    match connected {
+        Ok((server, outstanding)) => Some((server, record, (route, outstanding))),
+        Err(failure) => {
+            route.close(Some(failure.reason));
+            record.close(Err(failure));
+            None
         }
-        Err(failure) => Err(failure),
-    };
-    route.close(result.as_ref().err().map(|failure| failure.reason));
-    record.close(result);
+    }
 }
 
 /// The way to an endpoint that answers.

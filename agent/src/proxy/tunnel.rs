@@ -18,7 +18,7 @@ use malla_common::Reason;
 use rustls::{Side, pki_types::ServerName};
 use socket2::SockRef;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, BufReader, ReadBuf},
+    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
     time::timeout,
 };
@@ -30,6 +30,7 @@ use super::{
     cut::{self, Cause},
     handshakes, hbone,
     pod::PodContext,
+    read_ahead::ReadAhead,
     relay::End,
     tunnels::{Stream, TunnelState},
     worker::Worker,
@@ -44,9 +45,6 @@ use crate::{
 
 /// What was sent into a tunnel is acknowledged within this time, or its peer is gone.
 const USER_TIMEOUT: Duration = Duration::from_secs(30);
-/// What one read of a tunnel's socket takes. A tunnel carries many connections, and rustls asks
-/// for 4 KiB at a time.
-const READ_BUFFER: usize = 64 * 1024;
 /// What of a tunnel's bytes waits encrypted for its socket, and so what one write has. With rustls'
 /// 64 KiB each write filled a segment of that size and put the records' overhead into a second one.
 pub(super) const WRITE_BUFFER: usize = 256 * 1024;
@@ -292,7 +290,7 @@ pub(super) async fn unanswered(pings: Option<h2::PingPong>) {
 /// has been told to each stream.
 pub(super) struct Socket {
     entry: Entry,
-    stream: BufReader<TcpStream>,
+    stream: ReadAhead<TcpStream>,
 }
 
 impl Socket {
@@ -301,7 +299,7 @@ impl Socket {
         end_orderly(&stream);
         // The reader is an agent, which always reads. Fails only where the kernel is too old for it.
         let _ = SockRef::from(&stream).set_tcp_user_timeout(Some(USER_TIMEOUT));
-        let stream = BufReader::with_capacity(READ_BUFFER, stream);
+        let stream = ReadAhead::new(stream);
         Self { entry, stream }
     }
 
@@ -327,7 +325,7 @@ impl AsyncWrite for Socket {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(self.stream.get_mut()).poll_write(cx, bytes)
+        Pin::new(&mut self.stream.stream).poll_write(cx, bytes)
     }
 
     fn poll_write_vectored(
@@ -335,7 +333,7 @@ impl AsyncWrite for Socket {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(self.stream.get_mut()).poll_write_vectored(cx, slices)
+        Pin::new(&mut self.stream.stream).poll_write_vectored(cx, slices)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -347,6 +345,6 @@ impl AsyncWrite for Socket {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(self.stream.get_mut()).poll_shutdown(cx)
+        Pin::new(&mut self.stream.stream).poll_shutdown(cx)
     }
 }

@@ -76,6 +76,12 @@ pub(super) struct Live {
     worker: Rc<Worker>,
 }
 
+impl Live {
+    pub(super) fn worker(&self) -> &Worker {
+        &self.worker
+    }
+}
+
 impl Drop for Live {
     fn drop(&mut self) {
         self.worker

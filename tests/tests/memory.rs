@@ -1,0 +1,51 @@
+//! What agents hold in memory for connections that say nothing.
+
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+};
+
+use malla_testbed::{
+    Agent, PATIENCE, Pair, Way, accept, allow_many_descriptors, eventually, listen,
+};
+
+const CONNECTIONS: usize = 1000;
+
+/// Of both agents together, in bytes: five times what a connection at rest may take.
+const EACH: usize = 5 * 4 * 1024;
+
+#[test]
+fn a_thousand_idle_connections_take_little_of_both_agents_memory() {
+    allow_many_descriptors().unwrap();
+    let pair = Pair::new(Way::Mesh).unwrap();
+    let listener = listen(&pair.server, 0).unwrap();
+    let to = pair.address(listener.local_addr().unwrap().port());
+    let open = |number| -> Vec<(TcpStream, TcpStream)> {
+        let each = (0..number).map(|_| {
+            let (mut client, mut byte) = (pair.dial(to).unwrap(), [7]);
+            let mut server = accept(&listener).unwrap();
+            client.write_all(&byte).unwrap();
+            server.read_exact(&mut byte).unwrap();
+            server.write_all(&byte).unwrap();
+            client.read_exact(&mut byte).unwrap();
+            (client, server)
+        });
+        each.collect()
+    };
+    // What the first connections bring with them stays for all others.
+    drop(open(50));
+    let memory = || -> usize {
+        let each = pair.agents().map(Agent::anonymous_memory);
+        each.into_iter().map(Result::unwrap).sum()
+    };
+    let before = memory();
+    let idle = open(CONNECTIONS);
+    let grown = || memory().saturating_sub(before);
+    let small = eventually("idle connections to be small", PATIENCE, || {
+        grown() < CONNECTIONS * EACH
+    });
+    small.unwrap_or_else(|error| panic!("{error}: {} bytes each", grown() / CONNECTIONS));
+    println!("{} bytes a connection", grown() / CONNECTIONS);
+    drop(idle);
+    pair.nothing_is_held().unwrap();
+}

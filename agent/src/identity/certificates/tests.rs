@@ -207,7 +207,10 @@ async fn a_certificate_of_another_identity_is_not_taken() {
     // One, or two where the first look at the authority has counted as a change of it meanwhile.
     let entry = fixture.certificates.entry(&identity("web")).unwrap();
     let failed = *entry.attempts.borrow();
-    assert_eq!(fixture.certificates.refreshes(), Refreshes { ok: 0, failed });
+    assert_eq!(
+        fixture.certificates.refreshes(),
+        Refreshes { ok: 0, failed }
+    );
 }
 
 #[tokio::test]

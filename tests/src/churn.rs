@@ -117,6 +117,9 @@ pub struct Churn<'a> {
     /// How many a second, at most.
     rate: Option<u32>,
     next: AtomicUsize,
+    /// No more are opened.
+    stopped: AtomicBool,
+    /// None is answered any more.
     done: AtomicBool,
 }
 
@@ -129,6 +132,7 @@ impl<'a> Churn<'a> {
             number,
             rate: None,
             next: AtomicUsize::new(0),
+            stopped: AtomicBool::new(false),
             done: AtomicBool::new(false),
         })
     }
@@ -171,11 +175,10 @@ impl<'a> Churn<'a> {
             }
             let mut passed = Ok(());
             for (number, threshold) in (0..self.number).step_by(CONNECTS_PER_POD).enumerate() {
-                while self.opened() < threshold {
+                while self.opened() < threshold && !self.has_stopped() {
                     thread::sleep(Duration::from_millis(5));
                 }
-                if self.next.load(Ordering::Relaxed) >= self.number {
-                    // Late, or a connection has failed.
+                if self.has_stopped() {
                     break;
                 }
                 passed = self.come_and_go(bed, number);
@@ -195,12 +198,19 @@ impl<'a> Churn<'a> {
 
     /// Opens no more.
     pub fn stop(&self) {
-        self.next.store(self.number, Ordering::Relaxed);
+        self.stopped.store(true, Ordering::Relaxed);
+    }
+
+    fn has_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Relaxed)
     }
 
     /// Opens connections from one of the pods, in whose namespace this thread is.
     fn call_all(&self, pod: &Pod, began: Instant) -> Result<()> {
         loop {
+            if self.has_stopped() {
+                return Ok(());
+            }
             let turn = self.next.fetch_add(1, Ordering::Relaxed);
             if turn >= self.number {
                 return Ok(());

@@ -78,7 +78,6 @@ fn new_folder(pair: &Pair, name: &str) -> PathBuf {
 }
 
 fn start_nginx(pair: &Pair, folder: &std::path::Path) -> Process {
-    let folder = folder.display();
     let listens = if pair
         .server
         .addresses()
@@ -89,20 +88,12 @@ fn start_nginx(pair: &Pair, folder: &std::path::Path) -> Process {
     } else {
         format!("listen {PORT};")
     };
-    let configuration = format!(
-        "daemon off; pid {folder}/pid; error_log stderr; user root; worker_processes 1;\n\
-         events {{ worker_connections 1024; }}\n\
-         http {{ access_log off; sendfile on; client_body_temp_path {folder}/t1;\n\
-         proxy_temp_path {folder}/t2; fastcgi_temp_path {folder}/t3;\n\
-         uwsgi_temp_path {folder}/t4; scgi_temp_path {folder}/t5;\n\
-         server {{ {listens} root {folder}; }} }}\n"
+    let http = format!(
+        "sendfile on; server {{ {listens} root {}; }}",
+        folder.display()
     );
-    let path = format!("{folder}/nginx.conf");
-    fs::write(&path, configuration).unwrap();
-    let nginx = pair
-        .server
-        .spawn(["nginx", "-e", "stderr", "-c", &path])
-        .unwrap();
+    let nginx = malla_testbed::nginx(&pair.server, folder, &http).unwrap();
+    let nginx = nginx.spawn().unwrap();
     wait_listening(pair, &nginx);
     nginx
 }

@@ -3,7 +3,6 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
 
 use std::{
-    fs,
     io::{Read, Write},
     net::{IpAddr, TcpStream},
     sync::{
@@ -14,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use malla_testbed::{Agent, Fate, PORT, Pod, Process, Scene, eventually, payload::Payload};
+use malla_testbed::{Agent, Fate, PORT, Pod, Process, Scene, eventually, nginx, payload::Payload};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -117,20 +116,9 @@ struct Storm {
 
 impl Storm {
     fn new(scene: &Scene) -> Self {
-        let configuration = format!(
-            "daemon off; pid {folder}/pid; error_log stderr; user root; worker_processes 1;\n\
-             events {{ worker_connections 4096; }}\n\
-             http {{ access_log off; client_body_temp_path {folder}/t1;\n\
-             proxy_temp_path {folder}/t2; fastcgi_temp_path {folder}/t3;\n\
-             uwsgi_temp_path {folder}/t4; scgi_temp_path {folder}/t5;\n\
-             server {{ listen {STORM}; location / {{ return 200 'answer'; }} }} }}\n",
-            folder = scene.bed.folder().display()
-        );
-        let file = scene.bed.folder().join("nginx.conf");
-        fs::write(&file, configuration).unwrap();
-        let file = file.display().to_string();
-        let nginx = ["nginx", "-e", "stderr", "-c", &file];
-        let nginx = scene.server.spawn(nginx).unwrap();
+        let http = format!("server {{ listen {STORM}; location / {{ return 200 'answer'; }} }}");
+        let nginx = nginx(&scene.server, scene.bed.folder(), &http).unwrap();
+        let nginx = nginx.spawn().unwrap();
         scene.server.wait_listening(STORM).unwrap();
         let url = format!("http://{}:{STORM}/", scene.server.v4());
         let wrk = [

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use malla_testbed::{Agent, Capture, Node, Pod, PodSpec, Process, Testbed, until};
+use malla_testbed::{Agent, Capture, Node, Pod, PodSpec, Process, Testbed, nginx, until};
 
 use super::{envoy, haproxy, scenario::Scenario};
 
@@ -180,35 +180,23 @@ pub(super) fn serve_web(server: &Pod, folder: &Path, pins: Pins) -> Result<Proce
     let root = folder.join("root");
     fs::create_dir_all(&root)?;
     fs::write(root.join("index.html"), "x".repeat(BODY))?;
-    let file = folder.join("nginx.conf");
-    fs::write(&file, nginx_config(&folder, &root))?;
-    let nginx = ["nginx".as_ref(), "-c".as_ref(), file.as_os_str()];
-    let nginx = server.command(nginx).on_cpu(pins.ends).spawn()?;
+    let nginx = nginx(server, &folder, &http_of(&root))?;
+    let nginx = nginx.on_cpu(pins.ends).spawn()?;
     server.wait_listening(WEB).with_context(|| nginx.log())?;
     Ok(nginx)
 }
 
-/// One worker that does nothing but answer: no access log, no end of a connection but the
-/// client's.
-fn nginx_config(folder: &Path, root: &Path) -> String {
-    let (folder, root) = (folder.display(), root.display());
+/// A server that does nothing but answer: no file is opened again, and no connection ended but by the
+/// client.
+fn http_of(root: &Path) -> String {
+    let root = root.display();
     format!(
-        "daemon off;\n\
-         user root;\n\
-         worker_processes 1;\n\
-         worker_rlimit_nofile 20000;\n\
-         pid {folder}/nginx.pid;\n\
-         error_log stderr warn;\n\
-         events {{ worker_connections 10000; }}\n\
-         http {{\n\
-         access_log off;\n\
-         sendfile off;\n\
+        "sendfile off;\n\
          open_file_cache max=10;\n\
          keepalive_requests 1000000000;\n\
          keepalive_timeout 5m;\n\
          server {{\n\
          listen {WEB} backlog=4096; listen {HTTP2} http2; root {root};\n\
-         }}\n\
-         }}\n"
+         }}"
     )
 }

@@ -8,6 +8,7 @@ mod demo;
 mod ebpf;
 mod interrupt;
 mod packages;
+mod prepare;
 mod shell;
 mod soak;
 mod test;

@@ -29,10 +29,9 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use malla_testbed::leftovers;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::{ebpf, interrupt, packages, shell, workspace};
+use crate::{ebpf, interrupt, packages, prepare, shell, workspace};
 use document::Document;
 use enrolment::Amount;
 use load::{Load, Times};
@@ -80,9 +79,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     packages::ensure(packages::FOR_BENCH, "the bench")?;
     let programs = programs(&mut scenarios)?;
     raise_descriptor_limit()?;
-    for leftover in leftovers::remove()? {
-        println!("Removed what an earlier run has left: {leftover}.");
-    }
+    prepare::remove_leftovers()?;
 
     let (times, amount, rounds) = if options.quick {
         (Times::QUICK, Amount::QUICK, 1)

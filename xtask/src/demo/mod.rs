@@ -10,9 +10,8 @@ use std::{
 };
 
 use anyhow::{Result, bail};
-use malla_testbed::leftovers;
 
-use crate::{ebpf, interrupt, packages, shell};
+use crate::{interrupt, prepare};
 use scene::Scene;
 use table::Table;
 
@@ -23,15 +22,7 @@ const LOGGED: Duration = Duration::from_secs(10);
 /// Shows the demo until Ctrl-C, or with `once` for a few seconds. An error where something of what
 /// it proves didn't hold.
 pub(crate) fn run(once: bool) -> Result<()> {
-    interrupt::catch()?;
-    packages::ensure(&["iproute2"], "making namespaces")?;
-    ebpf::build()?;
-    // All of the workspace: two of its programs alone have other features of their dependencies,
-    // which would all be built once more for it.
-    shell::run(shell::cargo().args(["build", "--quiet", "--workspace"]))?;
-    for leftover in leftovers::remove()? {
-        println!("Removed what an earlier run has left: {leftover}.");
-    }
+    prepare::everything(&["iproute2"], "making namespaces")?;
 
     println!("Making two nodes, six pods and an agent on each node.");
     let mut scene = Scene::set_up()?;

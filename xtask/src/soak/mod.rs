@@ -12,10 +12,10 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use malla_testbed::{Churn, Churners, Node, Testbed, leftovers, until};
+use malla_testbed::{Churn, Churners, Node, Testbed, until};
 use serde_json::{Value, json};
 
-use crate::{ebpf, interrupt, packages, shell};
+use crate::{interrupt, packages, prepare};
 use traffic::Traffic;
 
 /// Connections a second that are closed in every way there is: 400,000 in ten minutes.
@@ -36,13 +36,7 @@ pub(crate) struct Options {
 /// Builds what is needed, and runs the traffic. An error where a byte was lost, a connection ended
 /// otherwise than its ends ended it, or something is held when all have ended.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    interrupt::catch()?;
-    packages::ensure(packages::FOR_TESTS, "making namespaces and traffic")?;
-    ebpf::build()?;
-    shell::run(shell::cargo().args(["build", "--quiet", "--workspace"]))?;
-    for leftover in leftovers::remove()? {
-        println!("Removed what an earlier run has left: {leftover}.");
-    }
+    prepare::everything(packages::FOR_TESTS, "making namespaces and traffic")?;
     soak(Duration::from_mins(options.minutes.into()))
 }
 

@@ -205,7 +205,7 @@ fn are_freed_after(number: usize, close: fn(&mut Connected) -> (&Pod, Vec<TcpStr
     all_are_freed(began, FORGOTTEN, &all);
     let packets = wire.tcp().into_iter();
     let strays = packets.filter(|packet| ![packet.from.port(), packet.to.port()].contains(&MESH));
-    assert_eq!(strays.count(), 0);
+    assert_eq!(strays.collect::<Vec<_>>(), []);
 }
 
 fn close_clients(connected: &mut Connected) -> (&Pod, Vec<TcpStream>) {

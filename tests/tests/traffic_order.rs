@@ -4,13 +4,13 @@
 
 use std::{
     io::{self, Read, Write},
-    net::{Shutdown, TcpStream},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
 };
 
-use malla_testbed::{Pair, Way, accept, listen, on_each_way};
+use malla_testbed::{Pair, PodSpec, Testbed, Way, accept, listen, on_each_way};
 
 on_each_way!(
     [Direct, Mesh, ToUnmeshed, FromUnmeshed]
@@ -64,6 +64,60 @@ fn send_until(mut stream: &TcpStream, done: &AtomicBool) {
     let block = vec![0; 1 << 20];
     while !done.load(Ordering::Relaxed) && stream.write_all(&block).is_ok() {}
     stream.shutdown(Shutdown::Write).unwrap();
+}
+
+/// What comes while the first tunnel of a pair is being opened waits for it, and what comes just
+/// then doesn't.
+#[test]
+fn who_waits_for_a_tunnel_is_not_overtaken() {
+    for _ in 0..5 {
+        let pair = Pair::new(Way::Mesh).unwrap();
+        let listener = listen(&pair.server, 0).unwrap();
+        let address = pair.address(listener.local_addr().unwrap().port());
+        arrive_in_order(&listener, || pair.dial(address).unwrap());
+    }
+}
+
+/// On one node, what comes first waits for the network's word on the pair.
+#[test]
+fn who_waits_for_the_word_on_a_pair_of_one_node_is_not_overtaken() {
+    for _ in 0..3 {
+        let mut bed = Testbed::new("order").unwrap();
+        let node = bed.node("a").unwrap();
+        let client = bed.pod(&node, PodSpec::new("client")).unwrap();
+        let server = bed.pod(&node, PodSpec::new("server")).unwrap();
+        bed.start_agents().unwrap();
+        let listener = listen(&server, 0).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        for ip in server.addresses() {
+            let address = SocketAddr::new(*ip, port);
+            arrive_in_order(&listener, || client.connect(address).unwrap());
+        }
+    }
+}
+
+/// Opens connections for longer than what the first of them waits for takes.
+fn arrive_in_order(listener: &TcpListener, dial: impl Fn() -> TcpStream) {
+    // As many as keep their order.
+    const CONNECTIONS: u8 = 60;
+    let clients: Vec<TcpStream> = (0..CONNECTIONS)
+        .map(|number| {
+            let mut stream = dial();
+            stream.write_all(&[number]).unwrap();
+            thread::sleep(Duration::from_micros(200));
+            stream
+        })
+        .collect();
+    let order: Vec<u8> = clients
+        .iter()
+        .map(|_| {
+            let mut number = [0];
+            accept(listener).unwrap().read_exact(&mut number).unwrap();
+            number[0]
+        })
+        .collect();
+    let expected: Vec<u8> = (0..CONNECTIONS).collect();
+    assert_eq!(order, expected);
 }
 
 #[test]

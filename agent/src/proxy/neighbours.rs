@@ -17,7 +17,10 @@ use std::{
 use futures_util::future::{AbortHandle, Abortable, Aborted};
 use malla_common::Reason;
 use rustls::pki_types::CertificateDer;
-use tokio::{sync::Notify, time::Instant};
+use tokio::{
+    sync::{Mutex, Notify},
+    time::Instant,
+};
 
 use super::{
     pod::PodContext,
@@ -107,6 +110,8 @@ impl Neighbours {
 pub(super) struct Pair {
     pub(super) destination: Rc<PodContext>,
     state: Cell<State>,
+    /// Held by who waits for the witness: the others stand in line, and so does who comes later.
+    turn: Mutex<()>,
     /// The state has changed, or the last connection of a pair that is over has ended.
     changed: Notify,
     /// Whether it takes new connections: both pods have certificates, and the witness is where it
@@ -157,6 +162,7 @@ pub(super) fn pair(
     let pair = Rc::new(Pair {
         destination,
         state: Cell::new(State::Opening),
+        turn: Mutex::default(),
         changed: Notify::new(),
         takes: Cell::new(true),
         live: RefCell::default(),
@@ -189,8 +195,9 @@ fn proven(worker: &Worker, source: &PodContext, destination: &PodContext) -> Opt
 
 impl Pair {
     /// Waits until the network is known to let the pair through. Not, where that can't be known: a
-    /// tunnel is taken.
+    /// tunnel is taken. Those that ask are told in their order.
     pub(super) async fn allowed(&self) -> Result<bool, Reason> {
+        let _turn = self.turn.lock().await;
         loop {
             match self.state.get() {
                 State::Open => return Ok(self.takes.get()),

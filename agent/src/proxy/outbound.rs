@@ -334,11 +334,18 @@ pub(super) async fn connect(
     let reporter = pod.workload();
     let mut attempts = 1;
     loop {
-        let lease = pool::lease(worker, pod, destination.ip(), &workload.identity).await?;
-        told(Progress::Proved);
         let request = hbone::connect(&reporter, source, destination);
-        match lease.open(request).await {
-            Ok((send, receive)) => {
+        let identity = &workload.identity;
+        let asked = pool::request(worker, pod, destination.ip(), identity, request).await;
+        let answered = match asked {
+            Ok(requested) => {
+                told(Progress::Proved);
+                requested.answered().await
+            }
+            Err(error) => Err(error),
+        };
+        match answered {
+            Ok((lease, send, receive)) => {
                 return Ok(Server::Tunnel {
                     lease,
                     send,

@@ -8,16 +8,17 @@ use std::{
     time::Duration,
 };
 
+use http::Request;
 use malla_common::Reason;
 use tokio::sync::oneshot;
 
 use super::{
     hbone,
     pod::PodContext,
-    tunnel::{self, Lease, Tunnel},
+    tunnel::{self, Lease, OpenError, Requested, Tunnel},
     worker::Worker,
 };
-use crate::{model::SpiffeId, telemetry::Failure};
+use crate::model::SpiffeId;
 
 /// A tunnel that no stream uses for so long is closed.
 const UNUSED_LIMIT: Duration = Duration::from_mins(5);
@@ -39,7 +40,13 @@ struct Tunnels {
     limit: usize,
     /// Tunnels that are being opened.
     opening: usize,
-    waiting: VecDeque<oneshot::Sender<Result<Lease, Failure>>>,
+    waiting: VecDeque<Waiting>,
+}
+
+/// A request that no tunnel has room for yet.
+struct Waiting {
+    request: Request<()>,
+    requested: oneshot::Sender<Result<Requested, OpenError>>,
 }
 
 impl Default for Tunnels {
@@ -92,14 +99,15 @@ impl Pool {
     }
 }
 
-/// A place for a stream from `pod` to `identity` at `destination`, in a tunnel that is there or in
-/// a new one. Who waits for a new one holds up nobody else.
-pub(super) async fn lease(
+/// Opens a stream from `pod` to `identity` at `destination`, in a tunnel that is there or in a new
+/// one. Who waits for a new one holds up nobody else, and isn't overtaken by who comes later.
+pub(super) async fn request(
     worker: &Rc<Worker>,
     pod: &Rc<PodContext>,
     destination: IpAddr,
     identity: &SpiffeId,
-) -> Result<Lease, Failure> {
+    request: Request<()>,
+) -> Result<Requested, OpenError> {
     let pair = Pair {
         pod: pod.pod.id,
         destination,
@@ -111,16 +119,16 @@ pub(super) async fn lease(
         if pool.waiting.is_empty()
             && let Some(lease) = pool.lease()
         {
-            return Ok(lease);
+            return lease.request(request);
         }
-        let (sender, receiver) = oneshot::channel();
-        pool.waiting.push_back(sender);
+        let (requested, receiver) = oneshot::channel();
+        pool.waiting.push_back(Waiting { request, requested });
         receiver
     };
     open_for_waiting(worker, pod, destination, identity, &tunnels);
     waiting
         .await
-        .unwrap_or_else(|_| Err(Reason::TunnelLost.into()))
+        .unwrap_or_else(|_| Err(OpenError::Failed(Reason::TunnelLost.into())))
 }
 
 /// Opens as many tunnels as those that wait will fill.
@@ -155,7 +163,7 @@ fn open_for_waiting(
                     // failure; the next one tries anew.
                     if pool.opening == 0 {
                         for waiting in pool.waiting.drain(..) {
-                            let _ = waiting.send(Err(failure));
+                            let _ = waiting.requested.send(Err(OpenError::Failed(failure)));
                         }
                     }
                 }
@@ -164,16 +172,18 @@ fn open_for_waiting(
     }
 }
 
+/// Makes the requests of those that wait, in their order: one that did so itself, once woken, would
+/// come behind those that have come meanwhile.
 fn serve_waiting(pool: &mut Tunnels) {
     while let Some(waiting) = pool.waiting.pop_front() {
-        if waiting.is_closed() {
+        if waiting.requested.is_closed() {
             continue;
         }
         let Some(lease) = pool.lease() else {
             pool.waiting.push_front(waiting);
             return;
         };
-        // The lease goes back to its tunnel where the connection is gone meanwhile.
-        let _ = waiting.send(Ok(lease));
+        // The stream is reset where the connection is gone meanwhile.
+        let _ = waiting.requested.send(lease.request(waiting.request));
     }
 }

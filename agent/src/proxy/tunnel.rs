@@ -12,7 +12,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use h2::{Reason as H2Reason, RecvStream, SendStream, client::SendRequest};
+use h2::{
+    Reason as H2Reason, RecvStream, SendStream,
+    client::{ResponseFuture, SendRequest},
+};
 use http::{Request, StatusCode};
 use malla_common::Reason;
 use rustls::{Side, pki_types::ServerName};
@@ -79,18 +82,26 @@ impl Drop for Lease {
     }
 }
 
+/// A stream whose peer was asked to connect the app.
+pub(super) struct Requested {
+    lease: Lease,
+    response: ResponseFuture,
+    send: SendStream<Bytes>,
+}
+
 /// Why a stream could not be opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum OpenError {
     /// Nothing came of the request: another tunnel may carry it.
     Again(Reason),
-    Failed(Reason),
+    Failed(Failure),
 }
 
 impl From<OpenError> for Failure {
     fn from(error: OpenError) -> Self {
         match error {
-            OpenError::Again(reason) | OpenError::Failed(reason) => reason.into(),
+            OpenError::Again(reason) => reason.into(),
+            OpenError::Failed(failure) => failure,
         }
     }
 }
@@ -125,35 +136,20 @@ impl Tunnel {
 }
 
 impl Lease {
-    /// Opens a stream and waits for the peer's word that the app is connected.
-    pub(super) async fn open(
-        &self,
-        request: Request<()>,
-    ) -> Result<(SendStream<Bytes>, RecvStream), OpenError> {
-        let answer = async {
-            let mut requests = self
-                .tunnel
-                .requests
-                .clone()
-                .ready()
-                .await
-                .map_err(|error| {
-                    self.tunnel.closing.set(true);
-                    self.unanswered(&error)
-                })?;
-            let (response, send) = requests
-                .send_request(request, false)
-                .map_err(|error| self.unanswered(&error))?;
-            let response = response.await.map_err(|error| self.unanswered(&error))?;
-            if response.status() != StatusCode::OK {
-                tracing::debug!(status = %response.status(), "the peer refused a CONNECT");
-                return Err(OpenError::Failed(Reason::PeerRefused));
+    /// Opens a stream: it takes its place behind those that were opened before.
+    pub(super) fn request(self, request: Request<()>) -> Result<Requested, OpenError> {
+        let mut requests = self.tunnel.requests.clone();
+        match requests.send_request(request, false) {
+            Ok((response, send)) => Ok(Requested {
+                lease: self,
+                response,
+                send,
+            }),
+            Err(error) => {
+                self.tunnel.closing.set(true);
+                Err(self.unanswered(&error))
             }
-            Ok((send, response.into_body()))
-        };
-        timeout(ANSWER_TIMEOUT, answer)
-            .await
-            .unwrap_or(Err(OpenError::Failed(Reason::ConnectTimeout)))
+        }
     }
 
     /// A request without an answer. Without one no byte was sent either, so it is safe to ask
@@ -164,7 +160,7 @@ impl Lease {
             return OpenError::Again(self.tunnel.cause.reason());
         }
         if error.reason() != Some(H2Reason::REFUSED_STREAM) {
-            return OpenError::Failed(Reason::PeerRefused);
+            return OpenError::Failed(Reason::PeerRefused.into());
         }
         // This stream still counts, and all above the peer's limit are refused one by one.
         let others = self.tunnel.state.streams.get() - 1;
@@ -178,6 +174,28 @@ impl Lease {
     /// How a connection in this place failed.
     pub(super) fn failed(&self, end: End) -> Failure {
         self.tunnel.cause.of(end)
+    }
+}
+
+impl Requested {
+    /// Waits for the peer's word that the app is connected.
+    pub(super) async fn answered(
+        self,
+    ) -> Result<(Lease, SendStream<Bytes>, RecvStream), OpenError> {
+        let Self {
+            lease,
+            response,
+            send,
+        } = self;
+        let response = match timeout(ANSWER_TIMEOUT, response).await {
+            Ok(answered) => answered.map_err(|error| lease.unanswered(&error))?,
+            Err(_) => return Err(OpenError::Failed(Reason::ConnectTimeout.into())),
+        };
+        if response.status() != StatusCode::OK {
+            tracing::debug!(status = %response.status(), "the peer refused a CONNECT");
+            return Err(OpenError::Failed(Reason::PeerRefused.into()));
+        }
+        Ok((lease, send, response.into_body()))
     }
 }
 

@@ -77,7 +77,7 @@ impl Witnesses {
         };
         let mut noted = self.ends();
         let opening = Opening::begin(from, server)?;
-        let ends = (canonical(opening.local), server);
+        let ends = (canonical(opening.local()?), server);
         noted.insert(ends, expected);
         drop(noted);
         let noted = Noted {

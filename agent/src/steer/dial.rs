@@ -3,6 +3,7 @@
 use std::{
     cell::RefCell,
     io,
+    mem::MaybeUninit,
     net::{IpAddr, SocketAddr},
     os::fd::AsFd,
     time::Duration,
@@ -11,10 +12,7 @@ use std::{
 use aya::maps::{HashMap as BpfHashMap, MapData, MapError};
 use malla_common::Flow;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
-use tokio::{
-    net::{TcpSocket, TcpStream},
-    time::timeout,
-};
+use tokio::{net::TcpStream, time::timeout};
 
 use super::{
     Pod,
@@ -134,17 +132,13 @@ pub async fn to_network(
     destination: SocketAddr,
     limit: Duration,
 ) -> Result<Accounted<TcpStream>, DialError> {
-    let socket = pod.netns.enter(&pod.home, || new_socket(destination))??;
-    let socket = Accounted::new(socket, pod.id, Kind::Connecting);
-    connect(socket, destination, limit).await
+    Opening::begin(pod, destination)?.open(limit).await
 }
 
 /// A connection from a pod's netns that has been asked for and isn't open yet.
 #[derive(Debug)]
 pub struct Opening {
     socket: Accounted<Socket>,
-    /// Its own end, which it has from its SYN on.
-    pub local: SocketAddr,
 }
 
 impl Opening {
@@ -152,15 +146,20 @@ impl Opening {
     pub fn begin(pod: &Pod, destination: SocketAddr) -> Result<Self, DialError> {
         let socket = pod.netns.enter(&pod.home, || new_socket(destination))??;
         let socket = Accounted::new(socket, pod.id, Kind::Connecting);
+        Ok(Self::of(socket, destination)?)
+    }
+
+    fn of(socket: Accounted<Socket>, destination: SocketAddr) -> io::Result<Self> {
         match socket.connect(&destination.into()) {
-            Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => {
-                return Err(error.into());
-            }
-            _ => {}
+            Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
+            _ => Ok(Self { socket }),
         }
-        let local = socket.local_addr()?.as_socket();
-        let local = local.ok_or_else(|| io::Error::from(io::ErrorKind::AddrNotAvailable))?;
-        Ok(Self { socket, local })
+    }
+
+    /// Its own end, which it has from its SYN on.
+    pub fn local(&self) -> io::Result<SocketAddr> {
+        let local = self.socket.local_addr()?.as_socket();
+        local.ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
     }
 
     /// Waits until it is open.
@@ -170,10 +169,20 @@ impl Opening {
         timeout(limit, stream.writable())
             .await
             .map_err(|_| DialError::Timeout(limit))??;
-        match stream.take_error()? {
-            None => Ok(Accounted::from_parts(entry, stream)),
-            Some(error) => Err(error.into()),
-        }
+        outcome(&stream)?;
+        Ok(Accounted::from_parts(entry, stream))
+    }
+}
+
+/// How the opening of a connection ended.
+///
+/// By a peek, since `SO_ERROR` is also what became of it afterwards: of an app that has answered
+/// and reset at once, the answer would be lost. A read tells an error behind what came before it.
+fn outcome(stream: &TcpStream) -> io::Result<()> {
+    match SockRef::from(stream).peek(&mut [MaybeUninit::uninit()]) {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+        Err(error) => Err(error),
     }
 }
 
@@ -249,7 +258,7 @@ async fn from_own_address(
     let socket = pod.netns.enter(&pod.home, || new_socket(destination))??;
     let socket = Accounted::new(socket, pod.id, Kind::Connecting);
     pod.dial_tag.put_on(&socket);
-    let stream = connect(socket, destination, limit).await?;
+    let stream = Opening::of(socket, destination)?.open(limit).await?;
     Ok(Dialled {
         stream,
         source_replaced: true,
@@ -281,7 +290,7 @@ async fn attempt(
         Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) => return Ok(Attempt::Taken),
         Err(error) => return Err(error.into()),
     }
-    let connecting = connect(socket, destination, limit);
+    let connecting = async { Opening::of(socket, destination)?.open(limit).await };
     tokio::pin!(connecting);
     let connected = match timeout(AT_ONCE, &mut connecting).await {
         Ok(connected) => connected,
@@ -311,20 +320,6 @@ struct Announced<'a> {
 impl Drop for Announced<'_> {
     fn drop(&mut self) {
         self.own_dial.borrow_mut().withdraw(&self.flow);
-    }
-}
-
-async fn connect(
-    socket: Accounted<Socket>,
-    destination: SocketAddr,
-    limit: Duration,
-) -> Result<Accounted<TcpStream>, DialError> {
-    let (entry, socket) = socket.into_parts();
-    let socket = TcpSocket::from_std_stream(socket.into());
-    match timeout(limit, socket.connect(destination)).await {
-        Ok(Ok(stream)) => Ok(Accounted::from_parts(entry, stream)),
-        Ok(Err(error)) => Err(error.into()),
-        Err(_) => Err(DialError::Timeout(limit)),
     }
 }
 

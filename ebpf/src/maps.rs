@@ -48,8 +48,9 @@ pub static PROBE_TARGETS: HashMap<ProbeTarget, u32, 8192> = HashMap::new();
 #[btf_map]
 pub static PROBE_FLOWS: LruHashMap<Flow, ProbeFlow, 16384> = LruHashMap::new();
 
-/// Steered connections whose app has ended them. What the kernel sends for one after that, from
-/// TIME_WAIT or for no socket at all, isn't for the wire, whether the agent's socket lives or not.
+/// Steered connections whose app has ended them, and those that the agent has given up dialling.
+/// What the kernel sends for one after that, from TIME_WAIT, for a request or for no socket at all,
+/// isn't for the wire, whether the agent's socket lives or not.
 #[btf_map]
 pub static ENDED: LruHashMap<Flow, u32, 16384> = LruHashMap::new();
 

@@ -4,6 +4,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
+    thread,
     time::Duration,
 };
 
@@ -101,4 +102,32 @@ fn an_answer_from_time_wait_of_a_connection_older_than_the_enrolment_passes() {
         fins.iter().all(answered)
     })
     .unwrap();
+}
+
+/// An answer that waits for its neighbour leaves the pod when the agent has long dialled otherwise.
+#[test]
+fn what_an_app_answers_to_a_dial_that_was_given_up_does_not_leave_the_pod() {
+    let scene = Scene::new("", "").unwrap();
+    let (client, server) = (&scene.client, &scene.server);
+    assert_eq!(client.caller().call((server.v4(), PORT)), Fate::Echoed);
+    let capture = server.capture().unwrap();
+    let answers = |quiet: &str| {
+        let quiet = [("ipv4/conf/all/arp_ignore", quiet)];
+        scene.b.netns().sysctls(&quiet).unwrap();
+    };
+    answers("8");
+    server.netns().ip("neigh flush dev eth0\n").unwrap();
+    let mut stream = client.caller().connect((server.v4(), PORT).into()).unwrap();
+    thread::sleep(Duration::from_millis(300));
+    answers("0");
+    assert_eq!(say(&mut stream, b"hello"), Fate::Echoed);
+    eventually("the answers to be dropped", LIMIT, || {
+        let metrics = scene.metrics(&scene.b).unwrap();
+        metrics.steering_packets("outbound", "dropped", "kernel_reply") >= 1.0
+    })
+    .unwrap();
+    let seen = capture.tcp();
+    let past = |packet: &TcpPacket| packet.from.port() == PORT;
+    let past: Vec<_> = seen.iter().filter(|packet| past(packet)).collect();
+    assert!(past.is_empty(), "past the agent: {past:?}");
 }

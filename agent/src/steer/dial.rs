@@ -1,7 +1,7 @@
 //! Sockets that the agent opens from inside a pod's netns.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     io,
     mem::MaybeUninit,
     net::{IpAddr, SocketAddr},
@@ -76,10 +76,11 @@ impl From<io::Error> for DialError {
     }
 }
 
-/// One worker's handle on the map of the connections that are being opened to apps.
+/// One worker's handle on the maps of the connections that are being opened to apps.
 #[derive(Debug)]
 pub struct OwnDial {
     map: BpfHashMap<MapData, Flow, u32>,
+    ended: BpfHashMap<MapData, Flow, u32>,
     owner: u32,
 }
 
@@ -92,9 +93,13 @@ pub(super) fn owner(agent: CgroupId) -> u32 {
 }
 
 impl OwnDial {
-    pub(super) fn new(map: BpfHashMap<MapData, Flow, u32>, agent: CgroupId) -> Self {
+    pub(super) fn new(
+        map: BpfHashMap<MapData, Flow, u32>,
+        ended: BpfHashMap<MapData, Flow, u32>,
+        agent: CgroupId,
+    ) -> Self {
         let owner = owner(agent);
-        Self { map, owner }
+        Self { map, ended, owner }
     }
 
     /// Forgets the dials of agents that were killed.
@@ -118,6 +123,13 @@ impl OwnDial {
     fn withdraw(&mut self, flow: &Flow) {
         // Gone already where the map was full, or a SYN of the same tuple came in from outside.
         let _ = self.map.remove(flow);
+    }
+
+    /// Nobody waits any more for what the app's kernel answers to this flow's SYN: it repeats that
+    /// for a minute, and may still have it in a neighbour's queue.
+    fn give_up(&mut self, flow: &Flow) {
+        // Best effort: such an answer has no byte of the app's.
+        let _ = self.ended.insert(flow.turned(), 1, 0);
     }
 }
 
@@ -221,7 +233,7 @@ pub async fn to_app(
             destination_port: destination.port(),
         };
         own_dial.borrow_mut().announce(flow)?;
-        let _announced = Announced { own_dial, flow };
+        let announced = Announced::new(own_dial, flow);
         if pod.dial_ports.overlaps() {
             // A client's SYN that passed `ingress` just before is on its way up the stack.
             tokio::time::sleep(SETTLED).await;
@@ -230,7 +242,7 @@ pub async fn to_app(
         if pod.dial_ports.is_blocked(source, destination, pressed) {
             continue;
         }
-        match attempt(pod, source, destination, limit).await? {
+        match announced.attempt(pod, source, destination, limit).await? {
             Attempt::Open(stream) => {
                 return Ok(Dialled {
                     stream,
@@ -315,11 +327,44 @@ async fn attempt(
 struct Announced<'a> {
     own_dial: &'a RefCell<OwnDial>,
     flow: Flow,
+    /// Whether a SYN was sent that may be answered yet.
+    awaits_answer: Cell<bool>,
+}
+
+impl<'a> Announced<'a> {
+    fn new(own_dial: &'a RefCell<OwnDial>, flow: Flow) -> Self {
+        Self {
+            own_dial,
+            flow,
+            awaits_answer: Cell::new(false),
+        }
+    }
+
+    async fn attempt(
+        &self,
+        pod: &Pod,
+        source: SocketAddr,
+        destination: SocketAddr,
+        limit: Duration,
+    ) -> Result<Attempt, DialError> {
+        self.awaits_answer.set(true);
+        let result = attempt(pod, source, destination, limit).await;
+        let is_answered = match &result {
+            Ok(Attempt::Open(_) | Attempt::Taken) | Err(DialError::Refused) => true,
+            Ok(Attempt::AnswerLost) | Err(_) => false,
+        };
+        self.awaits_answer.set(!is_answered);
+        result
+    }
 }
 
 impl Drop for Announced<'_> {
     fn drop(&mut self) {
-        self.own_dial.borrow_mut().withdraw(&self.flow);
+        let mut own_dial = self.own_dial.borrow_mut();
+        own_dial.withdraw(&self.flow);
+        if self.awaits_answer.get() {
+            own_dial.give_up(&self.flow);
+        }
     }
 }
 

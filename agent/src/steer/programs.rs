@@ -281,7 +281,8 @@ impl Programs {
     /// A handle for one worker.
     pub fn own_dial(&self, agent: CgroupId) -> Result<OwnDial, ProgramsError> {
         Ok(OwnDial::new(
-            self.shared::<BpfHashMap<MapData, Flow, u32>>("OWN_DIAL")?,
+            self.shared("OWN_DIAL")?,
+            self.shared("ENDED")?,
             agent,
         ))
     }

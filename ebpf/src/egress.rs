@@ -17,12 +17,13 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use malla_common::{
-    Direction, Outcome, Reason, Role, STEER_MARK, SocketState, Unit, Verdict, pod_flags, ports,
+    Direction, Flow, Outcome, Reason, Role, STEER_MARK, SocketState, Unit, Verdict, pod_flags,
+    ports,
 };
 
 use crate::{
     decision::record,
-    maps::{AGENTS, ENDED, OWN_DIAL, SCOPES, count, listener_lives, opt_out, pod_at, refusal},
+    maps::{AGENTS, OWN_DIAL, SCOPES, STEERED, count, listener_lives, opt_out, pod_at, refusal},
     packet::{
         ETH_P_IP, ETH_P_IPV6, ETHERNET, FIN, Kind, NO_LINK_HEADER, Packet, RST, socket_receives,
     },
@@ -76,22 +77,23 @@ fn steer(ctx: &TcContext, ip: u32) -> i32 {
         if let Some(state) = socket.and_then(Socket::state_or_new) {
             state.verdict = Verdict::Steer as u8;
         }
-        remember_end(&packet);
+        remember(&packet.flow);
         return to_loopback(ctx, &packet);
     }
-    if socket.is_none() && ENDED.get_ptr(&packet.flow).is_some() {
+    if socket.is_none() && STEERED.get_ptr(&packet.flow).is_some() {
         return drop(ctx, &packet, Reason::KernelReply);
     }
     pass_unsteered(&packet, socket);
     TC_ACT_UNSPEC
 }
 
-/// A TIME_WAIT socket, which no decision can be kept in, comes only after its own side's FIN.
+/// Notes a connection without whose sockets, the app's and the agent's, nothing may pass of what the
+/// kernel still says.
 #[inline(always)]
-fn remember_end(packet: &Packet) {
-    if packet.has(FIN) || packet.has(RST) {
+fn remember(flow: &Flow) {
+    if STEERED.get_ptr(flow).is_none() {
         // The map forgets the oldest when it is full.
-        let _ = ENDED.insert(&packet.flow, 1, 0);
+        let _ = STEERED.insert(flow, 1, 0);
     }
 }
 
@@ -106,15 +108,18 @@ fn sent_by_agent(ctx: &TcContext) -> bool {
 
 /// The agent's packets pass, but for one: what its connection to an app sends once the app's socket
 /// is gone meets a listener of the agent, and since Linux 6.13 the RST counts as the listener's.
-/// It is for the agent itself, and tells it that the app has gone.
+/// It is for the agent itself, and tells it that the app has gone; once the agent has forgotten the
+/// connection too, it is for nobody.
 #[inline(always)]
 fn agents_own(ctx: &TcContext, kind: Kind, packet: &Packet) -> i32 {
-    if kind == Kind::Tcp
-        && packet.has(RST)
-        && sent_by_listener(ctx)
-        && socket_receives(ctx, &packet.flow)
-    {
+    if kind != Kind::Tcp || !packet.has(RST) || !sent_by_listener(ctx) {
+        return TC_ACT_UNSPEC;
+    }
+    if socket_receives(ctx, &packet.flow) {
         return to_loopback(ctx, packet);
+    }
+    if STEERED.get_ptr(&packet.flow).is_some() {
+        return drop(ctx, packet, Reason::KernelReply);
     }
     TC_ACT_UNSPEC
 }
@@ -194,6 +199,8 @@ fn open(ctx: &TcContext, packet: &Packet, socket: Option<Socket>) -> i32 {
     match verdict {
         Verdict::Steer => {
             tell(ctx, packet, Unit::Syns, Outcome::Steered, reason);
+            // The agent may reset it before the app says anything more.
+            remember(flow);
             if flow.destination.is_v6_link_local() {
                 // SAFETY: the context is valid for the whole run of the program.
                 let interface = unsafe { (*ctx.skb.skb).ifindex };
@@ -204,7 +211,7 @@ fn open(ctx: &TcContext, packet: &Packet, socket: Option<Socket>) -> i32 {
         }
         Verdict::Pass => {
             // Its predecessor with these addresses and ports may have been steered.
-            let _ = ENDED.remove(flow);
+            let _ = STEERED.remove(flow);
             tell(ctx, packet, Unit::Syns, Outcome::Passed, reason);
             TC_ACT_UNSPEC
         }
@@ -215,7 +222,11 @@ fn open(ctx: &TcContext, packet: &Packet, socket: Option<Socket>) -> i32 {
 /// A later packet of a steered socket. It never reaches the wire.
 #[inline(always)]
 fn follow(ctx: &TcContext, packet: &Packet) -> i32 {
-    remember_end(packet);
+    if packet.has(FIN) || packet.has(RST) {
+        // A TIME_WAIT socket, which no decision can be kept in, comes after its own side's FIN. By
+        // now a connection that lived for long may have been forgotten.
+        remember(&packet.flow);
+    }
     if socket_receives(ctx, &packet.flow) {
         return to_loopback(ctx, packet);
     }

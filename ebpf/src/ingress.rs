@@ -18,7 +18,7 @@ use malla_common::{
 
 use crate::{
     decision::record,
-    maps::{ENDED, OWN_DIAL, listener_lives, net_rule, opt_out, pod_at},
+    maps::{OWN_DIAL, STEERED, listener_lives, net_rule, opt_out, pod_at},
     packet::{ETHERNET, Kind, NO_LINK_HEADER, Packet, socket_answers},
     probes::{app_listens, is_apps, probed},
     refuse::{Towards, answer},
@@ -83,7 +83,7 @@ fn open(ctx: &TcContext, packet: &Packet) -> i32 {
     }
     // Who comes with the ports of a connection that was steered and has ended hears what the kernel
     // answers: a client's RST ends the TIME_WAIT that is in its way.
-    let _ = ENDED.remove(flow.turned());
+    let _ = STEERED.remove(flow.turned());
     if let Some(skipped) = opt_out(
         pod.pod,
         Direction::Inbound,

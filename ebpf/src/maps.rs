@@ -48,11 +48,11 @@ pub static PROBE_TARGETS: HashMap<ProbeTarget, u32, 8192> = HashMap::new();
 #[btf_map]
 pub static PROBE_FLOWS: LruHashMap<Flow, ProbeFlow, 16384> = LruHashMap::new();
 
-/// Steered connections whose app has ended them, and those that the agent has given up dialling.
-/// What the kernel sends for one after that, from TIME_WAIT, for a request or for no socket at all,
-/// isn't for the wire, whether the agent's socket lives or not.
+/// Connections that were steered, by what the app sends, and those that the agent has given up
+/// dialling. What the kernel sends for one without a socket of the app's, from TIME_WAIT, for a
+/// request or for no socket at all, isn't for the wire, whether the agent's socket lives or not.
 #[btf_map]
-pub static ENDED: LruHashMap<Flow, u32, 16384> = LruHashMap::new();
+pub static STEERED: LruHashMap<Flow, u32, 16384> = LruHashMap::new();
 
 /// Interface that a SYN to a link-local address left by.
 #[btf_map]

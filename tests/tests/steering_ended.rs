@@ -3,16 +3,18 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
 
 use std::{
+    io::{ErrorKind, Read},
     net::{IpAddr, SocketAddr},
     thread,
     time::Duration,
 };
 
 use malla_testbed::{
-    Fate, PORT, Pod, PodSpec, Scene, TcpState, Testbed, eventually,
+    Fate, PORT, Pod, PodSpec, Scene, TcpState, Testbed, accept, eventually, listen,
     packet::{ACK, FIN, TcpPacket},
     say,
 };
+use socket2::SockRef;
 
 const LIMIT: Duration = Duration::from_secs(10);
 
@@ -102,6 +104,52 @@ fn an_answer_from_time_wait_of_a_connection_older_than_the_enrolment_passes() {
         fins.iter().all(answered)
     })
     .unwrap();
+}
+
+/// As when a keepalive and the reset behind it overtake each other on two processors.
+#[test]
+fn what_answers_for_a_connection_that_the_agent_has_reset_does_not_leave_the_pod() {
+    const RESETS: u16 = 7000;
+    let scene = Scene::new("", "").unwrap();
+    let (client, server) = (&scene.client, &scene.server);
+    let listener = listen(server, RESETS).unwrap();
+    let capture = client.capture().unwrap();
+    let sender = client.raw_sender().unwrap();
+    for to in server.addresses() {
+        let mut stream = client.caller().connect((*to, RESETS).into()).unwrap();
+        let own = stream.local_addr().unwrap();
+        let accepted = accept(&listener).unwrap();
+        SockRef::from(&accepted)
+            .set_linger(Some(Duration::ZERO))
+            .unwrap();
+        drop(accepted);
+        let error = stream.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+        drop(stream);
+        eventually("the connection to be gone", LIMIT, || {
+            between(client, RESETS).is_empty()
+        })
+        .unwrap();
+        let keepalive = TcpPacket {
+            from: (*to, RESETS).into(),
+            to: own,
+            seq: 1,
+            ack: 1,
+            flags: ACK,
+            payload: Vec::new(),
+        };
+        sender.send(&keepalive.to_bytes()).unwrap();
+    }
+    eventually("the answers to be dropped", LIMIT, || {
+        let metrics = scene.metrics(&scene.a).unwrap();
+        metrics.steering_packets("outbound", "dropped", "kernel_reply") >= 2.0
+    })
+    .unwrap();
+    let seen = capture.tcp();
+    assert!(
+        !seen.iter().any(|packet| packet.to.port() == RESETS),
+        "past the agent: {seen:?}"
+    );
 }
 
 /// An answer that waits for its neighbour leaves the pod when the agent has long dialled otherwise.

@@ -80,7 +80,7 @@ impl From<io::Error> for DialError {
 #[derive(Debug)]
 pub struct OwnDial {
     map: BpfHashMap<MapData, Flow, u32>,
-    ended: BpfHashMap<MapData, Flow, u32>,
+    steered: BpfHashMap<MapData, Flow, u32>,
     owner: u32,
 }
 
@@ -95,11 +95,15 @@ pub(super) fn owner(agent: CgroupId) -> u32 {
 impl OwnDial {
     pub(super) fn new(
         map: BpfHashMap<MapData, Flow, u32>,
-        ended: BpfHashMap<MapData, Flow, u32>,
+        steered: BpfHashMap<MapData, Flow, u32>,
         agent: CgroupId,
     ) -> Self {
         let owner = owner(agent);
-        Self { map, ended, owner }
+        Self {
+            map,
+            steered,
+            owner,
+        }
     }
 
     /// Forgets the dials of agents that were killed.
@@ -129,7 +133,7 @@ impl OwnDial {
     /// for a minute, and may still have it in a neighbour's queue.
     fn give_up(&mut self, flow: &Flow) {
         // Best effort: such an answer has no byte of the app's.
-        let _ = self.ended.insert(flow.turned(), 1, 0);
+        let _ = self.steered.insert(flow.turned(), 1, 0);
     }
 }
 

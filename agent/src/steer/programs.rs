@@ -27,7 +27,7 @@ use super::{attach::TcMethod, cgroup::CgroupId, dial::OwnDial};
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/malla-ebpf"));
 
 /// Layout of the pinned maps. An agent with another layout starts with maps of its own.
-const LAYOUT: &str = "v7";
+const LAYOUT: &str = "v8";
 
 const PROGRAMS: [&str; 5] = ["egress", "egress_l3", "ingress", "ingress_l3", "loopback"];
 
@@ -44,7 +44,7 @@ const MAPS: [&str; 18] = [
     "PROBE_TARGETS",
     "PROBE_FLOWS",
     "REFUSALS",
-    "ENDED",
+    "STEERED",
     "SCOPES",
     "WORKERS",
     "WORKER_LOADS",
@@ -282,7 +282,7 @@ impl Programs {
     pub fn own_dial(&self, agent: CgroupId) -> Result<OwnDial, ProgramsError> {
         Ok(OwnDial::new(
             self.shared("OWN_DIAL")?,
-            self.shared("ENDED")?,
+            self.shared("STEERED")?,
             agent,
         ))
     }

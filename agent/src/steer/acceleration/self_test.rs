@@ -25,8 +25,10 @@ use super::{
 const MIB: usize = 1 << 20;
 /// What is sent each way.
 const BULK: usize = 16 * MIB;
-/// What a reader that stalls may have waiting for it, the buffers of TCP included.
-const MOST_QUEUED: usize = 4 * MIB;
+/// What a reader that stalls may have waiting for it: what may be redirected, and TCP's buffers.
+const MOST_QUEUED: usize = 2 * MIB;
+/// TCP's buffers meanwhile, which the kernel doubles. Else they grow to whatever the machine allows.
+const TCP_BUFFER: usize = 128 * 1024;
 const PIECE: usize = 32 * 1024;
 const PERIOD: usize = 61;
 /// Of the order of the first messages.
@@ -36,7 +38,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Tries everything. What doesn't work is the verdict, never a panic or a hang.
 pub(super) fn run(programs: &mut AccelerationPrograms, own_cgroup: &Path) -> Verdict {
-    let tried = attach(programs, own_cgroup).and_then(|bench| bench.verdict(programs));
+    let tried = Bench::new(programs, own_cgroup)
+        .map_err(|error| error.to_string())
+        .and_then(Bench::verdict);
     programs.detach();
     match tried {
         Ok(limits) => Verdict {
@@ -48,7 +52,8 @@ pub(super) fn run(programs: &mut AccelerationPrograms, own_cgroup: &Path) -> Ver
 }
 
 /// Where pairs of sockets are made that the programs take for an app's and the agent's.
-struct Bench {
+struct Bench<'a> {
+    programs: &'a AccelerationPrograms,
     listener: TcpListener,
     tags: SkStorage<MapData, u32>,
     _entry: Entry,
@@ -57,32 +62,50 @@ struct Bench {
 /// An app's end and the agent's.
 type Ends = (TcpStream, TcpStream);
 
+/// What follows an app's SYN.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum First {
+    Ack,
+    /// Its first message, with the ACK that was delayed for it: until then the agent's end isn't
+    /// there. Without a message the kernel sends the ACK after 200 ms.
+    Data,
+}
+
 type Tried<T = ()> = Result<T, String>;
 
-fn attach(programs: &mut AccelerationPrograms, own_cgroup: &Path) -> Tried<Bench> {
-    let mut begin = || -> Result<Bench, LoadError> {
+type Check<'a> = fn(&mut Bench<'a>) -> Tried;
+
+impl<'a> Bench<'a> {
+    fn new(programs: &'a mut AccelerationPrograms, own_cgroup: &Path) -> Result<Self, LoadError> {
         programs.attach(own_cgroup)?;
         let (mut tags, entry) = programs.tags()?;
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         tags.insert(&listener, Tag::Both as u32, 0)?;
-        Ok(Bench {
+        Ok(Self {
+            programs,
             listener,
             tags,
             _entry: entry,
         })
-    };
-    begin().map_err(|error| error.to_string())
-}
+    }
 
-impl Bench {
     /// What an app may notice, or what fails.
-    fn verdict(mut self, programs: &AccelerationPrograms) -> Tried<Vec<String>> {
-        self.order().map_err(|why| format!("order: {why}"))?;
-        self.bulk().map_err(|why| format!("bytes: {why}"))?;
-        self.bounds().map_err(|why| format!("bounds: {why}"))?;
-        self.ends().map_err(|why| format!("ends: {why}"))?;
-        self.credit(programs)
-            .map_err(|why| format!("credit: {why}"))?;
+    fn verdict(mut self) -> Tried<Vec<String>> {
+        let checks: [(&str, Check<'a>); 5] = [
+            ("order", Self::order),
+            ("bytes", Self::bulk),
+            ("bounds", Self::bounds),
+            ("ends", Self::ends),
+            ("credit", Self::credit),
+        ];
+        for (what, check) in checks {
+            let (before, _) = self.counts();
+            check(&mut self).map_err(|why| format!("{what}: {why}"))?;
+            // What TCP alone has carried proves nothing.
+            if self.counts().0 == before {
+                return Err(format!("{what}: nothing is redirected"));
+            }
+        }
         let mut found = Vec::new();
         let properties = [
             (limits::BLOCKING_READ, self.blocking_read()),
@@ -97,36 +120,62 @@ impl Bench {
         Ok(found)
     }
 
+    /// How many directions were redirected, and how many went by TCP or over to it.
+    fn counts(&self) -> (u64, u64) {
+        let events = self.programs.events().into_iter();
+        events.fold((0, 0), |(redirected, by_tcp), (event, count)| match event {
+            Event::Redirected => (redirected + count, by_tcp),
+            Event::NoPeer | Event::NoCredit | Event::PeerGone => (redirected, by_tcp + count),
+        })
+    }
+
     fn pair(&mut self) -> Tried<Ends> {
-        let mut make = || -> io::Result<Ends> {
+        let app = self.dial(First::Ack)?;
+        Ok((app, self.accept()?))
+    }
+
+    /// The app's end.
+    fn dial(&mut self, first: First) -> Tried<TcpStream> {
+        let mut make = || -> io::Result<TcpStream> {
             let app = Socket::new(Domain::IPV4, Type::STREAM, None)?;
             let tagged = self.tags.insert(&app, Tag::App as u32, 0);
             tagged.map_err(io::Error::other)?;
             app.set_tcp_nodelay(true)?;
-            // The first answer is late, as it is where a delayed ACK waits for one.
-            let _ = SockRef::from(&app).set_tcp_quickack(false);
+            if first == First::Data {
+                SockRef::from(&app).set_tcp_quickack(false)?;
+            }
             app.connect(&self.listener.local_addr()?.into())?;
-            let (agent, _) = self.listener.accept()?;
-            agent.set_nodelay(true)?;
-            let app = TcpStream::from(app);
             app.set_nonblocking(true)?;
-            agent.set_nonblocking(true)?;
-            Ok((app, agent))
+            Ok(app.into())
         };
         make().map_err(|error| format!("no connection: {error}"))
     }
 
-    /// Messages that are sent at once arrive in their order.
+    /// The agent's end.
+    fn accept(&self) -> Tried<TcpStream> {
+        let take = || -> io::Result<TcpStream> {
+            let (agent, _) = self.listener.accept()?;
+            agent.set_nodelay(true)?;
+            agent.set_nonblocking(true)?;
+            Ok(agent)
+        };
+        take().map_err(|error| format!("no connection: {error}"))
+    }
+
+    /// Messages that are sent at once arrive in their order, whether the agent's end is there at
+    /// the first of them or comes to be by it.
     fn order(&mut self) -> Tried {
         for _ in 0..ROUNDS {
-            let (app, agent) = self.pair()?;
-            for message in [b"1111", b"2222", b"3333"] {
-                send(&app, message)?;
-            }
-            let mut received = [0; 12];
-            receive(&agent, &mut received)?;
-            if received != *b"111122223333" {
-                return Err("messages overtake each other".to_owned());
+            for first in [First::Ack, First::Data] {
+                let app = self.dial(first)?;
+                for message in [b"1111", b"2222", b"3333"] {
+                    send(&app, message)?;
+                }
+                let mut received = [0; 12];
+                receive(&self.accept()?, &mut received)?;
+                if received != *b"111122223333" {
+                    return Err("messages overtake each other".to_owned());
+                }
             }
         }
         Ok(())
@@ -158,6 +207,13 @@ impl Bench {
     fn bounds(&mut self) -> Tried {
         let (app, agent) = self.pair()?;
         let piece = vec![1; 64 * 1024];
+        for end in [&app, &agent] {
+            let (sends, receives) = (
+                SockRef::from(end).set_send_buffer_size(TCP_BUFFER),
+                SockRef::from(end).set_recv_buffer_size(TCP_BUFFER),
+            );
+            sends.and(receives).map_err(|error| error.to_string())?;
+        }
         for mut from in [&app, &agent] {
             let (mut queued, mut refused) = (0, 0);
             while queued <= MOST_QUEUED && refused < 3 {
@@ -187,34 +243,34 @@ impl Bench {
                 shut.map_err(|error| error.to_string())?;
                 let mut received = [0; 10];
                 receive(to, &mut received)?;
-                if patiently(|| { to }.read(&mut [0]))? != 0 {
-                    return Err("more than was sent".to_owned());
+                match patiently(|| { to }.read(&mut [0])) {
+                    Ok(0) => {}
+                    other => return Err(format!("an end is read as {other:?}")),
                 }
             }
         }
-        let (app, agent) = self.pair()?;
-        send(&agent, b"read first")?;
-        let reset = SockRef::from(&agent).set_linger(Some(Duration::ZERO));
-        reset.map_err(|error| error.to_string())?;
-        drop(agent);
-        receive(&app, &mut [0; 10])?;
-        match patiently(|| { &app }.read(&mut [0])) {
-            Err(_) => Ok(()),
-            Ok(length) => Err(format!("a reset is read as {length} bytes")),
+        for agent_resets in [false, true] {
+            let (app, agent) = self.pair()?;
+            let (resets, hears) = if agent_resets {
+                (agent, app)
+            } else {
+                (app, agent)
+            };
+            send(&resets, b"read first")?;
+            reset(resets).map_err(|error| error.to_string())?;
+            receive(&hears, &mut [0; 10])?;
+            match patiently(|| { &hears }.read(&mut [0])) {
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
+                other => return Err(format!("a reset is read as {other:?}")),
+            }
         }
+        Ok(())
     }
 
     /// What is read may be sent again: messages that are answered stay redirected.
-    fn credit(&mut self, programs: &AccelerationPrograms) -> Tried {
-        let refused = || {
-            let events = programs.events().into_iter();
-            events
-                .filter(|(event, _)| *event != Event::Redirected)
-                .map(|(_, count)| count)
-                .sum::<u64>()
-        };
+    fn credit(&mut self) -> Tried {
         let (app, agent) = self.pair()?;
-        let before = refused();
+        let (_, before) = self.counts();
         let mut message = vec![7; 16 * 1024];
         for _ in 0..64 {
             for (from, to) in [(&app, &agent), (&agent, &app)] {
@@ -222,7 +278,7 @@ impl Bench {
                 receive(to, &mut message)?;
             }
         }
-        if refused() > before {
+        if self.counts().1 > before {
             return Err("messages that are read in turns don't stay redirected".to_owned());
         }
         Ok(())
@@ -234,8 +290,6 @@ impl Bench {
             let (app, agent) = self.pair()?;
             let blocks = app.set_nonblocking(false);
             blocks.map_err(|error| error.to_string())?;
-            let reset = SockRef::from(&agent).set_linger(Some(Duration::ZERO));
-            reset.map_err(|error| error.to_string())?;
             let (tell, told) = mpsc::channel();
             let reading = thread::spawn(move || {
                 let _ = tell.send(nix::unistd::gettid());
@@ -244,9 +298,9 @@ impl Bench {
             if let Ok(thread) = told.recv() {
                 wait_until_asleep(thread.as_raw());
             }
-            drop(agent);
+            reset(agent).map_err(|error| error.to_string())?;
             let read = reading.join().map_err(|_| "the reader panicked")?;
-            if read.is_err_and(|error| error.kind() == ErrorKind::WouldBlock) {
+            if !read.is_err_and(|error| error.kind() == ErrorKind::ConnectionReset) {
                 return Ok(false);
             }
         }
@@ -306,21 +360,28 @@ fn is_wait(error: &io::Error) -> bool {
 }
 
 /// Tries until it needn't wait.
-fn patiently<T>(mut attempt: impl FnMut() -> io::Result<T>) -> Tried<T> {
+fn patiently<T>(mut attempt: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let end = Instant::now() + PATIENCE;
     loop {
         match attempt() {
-            Err(error) if is_wait(&error) && Instant::now() < end => {
-                thread::sleep(Duration::from_micros(50));
-            }
-            done => return done.map_err(|error| error.to_string()),
+            Err(error) if !is_wait(&error) => return Err(error),
+            Err(_) if Instant::now() < end => thread::sleep(Duration::from_micros(50)),
+            Err(_) => return Err(ErrorKind::TimedOut.into()),
+            done => return done,
         }
     }
 }
 
+/// Ends a connection without a FIN.
+fn reset(socket: TcpStream) -> io::Result<()> {
+    let without_fin = SockRef::from(&socket).set_linger(Some(Duration::ZERO));
+    drop(socket);
+    without_fin
+}
+
 fn send(mut to: &TcpStream, mut bytes: &[u8]) -> Tried {
     while !bytes.is_empty() {
-        let written = patiently(|| to.write(bytes))?;
+        let written = patiently(|| to.write(bytes)).map_err(|error| format!("sending: {error}"))?;
         bytes = &bytes[written..];
     }
     Ok(())
@@ -329,9 +390,10 @@ fn send(mut to: &TcpStream, mut bytes: &[u8]) -> Tried {
 fn receive(mut from: &TcpStream, bytes: &mut [u8]) -> Tried {
     let mut filled = 0;
     while filled < bytes.len() {
-        match patiently(|| from.read(&mut bytes[filled..]))? {
-            0 => return Err("an early end".to_owned()),
-            length => filled += length,
+        match patiently(|| from.read(&mut bytes[filled..])) {
+            Ok(0) => return Err("an early end".to_owned()),
+            Ok(length) => filled += length,
+            Err(error) => return Err(format!("receiving: {error}")),
         }
     }
     Ok(())

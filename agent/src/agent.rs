@@ -26,6 +26,7 @@ use crate::{
     config,
     discovery::{self, Discovery},
     identity::{Certificates, EmbeddedAuthority},
+    memory,
     model::{Accelerate, Mesh, Node},
     pods::Pods,
     proxy::{Balance, Shared, Workers},
@@ -254,6 +255,7 @@ impl Agent {
         charge.take().map(|charge| charge.send(()));
         self.steered.done();
         tracing::info!("in charge of the node's pods");
+        memory::drop_program_pages();
         let mut status = self.status.clone();
         let mut report = tokio::time::interval(Duration::from_secs(1));
         let mut superseded = tokio::time::interval(LOOK_FOR_SUCCESSOR);

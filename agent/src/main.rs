@@ -8,6 +8,7 @@ mod config;
 mod discovery;
 mod identity;
 mod ledger;
+mod memory;
 mod model;
 mod pods;
 mod proxy;

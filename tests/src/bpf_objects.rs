@@ -27,7 +27,8 @@ impl Node {
             let command = [&["bpftool"], arguments].concat();
             Ok::<_, anyhow::Error>(self.run(command)?.stdout)
         };
-        // Every program counts: the map of counters tells this node's from others'.
+        // Most programs count: the map of counters tells this node's from others'. What accelerates
+        // has maps in common with those that do.
         let counters = self.pinned_map("COUNTERS");
         let counters = ask(&[
             "map",
@@ -35,13 +36,24 @@ impl Node {
             "pinned",
             counters.to_str().context("a path")?,
         ])?;
-        let counters = entries(&counters).next().context("no pinned map")?.0;
-        let programs = ask(&["prog", "show"])?;
-        let programs = entries(&programs).filter_map(|(id, text)| {
-            let maps: HashSet<&str> = word_after(text, "map_ids")?.split(',').collect();
-            maps.contains(counters).then_some((id, maps))
-        });
-        let (programs, maps): (HashSet<&str>, Vec<HashSet<&str>>) = programs.unzip();
+        let mut maps = HashSet::from([entries(&counters).next().context("no pinned map")?.0]);
+        let loaded = ask(&["prog", "show"])?;
+        let loaded: Vec<(&str, HashSet<&str>)> = entries(&loaded)
+            .filter_map(|(id, text)| Some((id, word_after(text, "map_ids")?.split(',').collect())))
+            .collect();
+        let mut programs: HashSet<&str> = HashSet::new();
+        loop {
+            let before = programs.len();
+            for (id, uses) in &loaded {
+                if !uses.is_disjoint(&maps) {
+                    programs.insert(id);
+                    maps.extend(uses);
+                }
+            }
+            if programs.len() == before {
+                break;
+            }
+        }
         let links = ask(&["link", "show"])?;
         let links = entries(&links)
             .filter_map(|(_, text)| word_after(text, "prog"))
@@ -49,7 +61,7 @@ impl Node {
         Ok(BpfObjects {
             links: links.count(),
             programs: programs.len(),
-            maps: maps.into_iter().flatten().collect::<HashSet<_>>().len(),
+            maps: maps.len(),
             pins: files_below(self.bpffs()),
         })
     }

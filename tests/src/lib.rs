@@ -26,6 +26,7 @@
 //!
 //! It needs root, cgroup v2 and the command `ip`; a bpffs is mounted where there is none.
 
+mod accelerated;
 mod agent;
 mod app;
 mod authority;
@@ -63,6 +64,7 @@ mod spec;
 mod streams;
 mod wait;
 
+pub use accelerated::Polled;
 pub use agent::Agent;
 pub use app::App;
 pub use authority::{Authority, IdentityVolume};

@@ -3,124 +3,29 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
 
 use std::{
-    io::{self, ErrorKind, Read, Write},
-    net::{Shutdown, TcpStream},
+    io::{ErrorKind, Read, Write},
+    net::Shutdown,
     os::fd::AsFd,
     sync::Arc,
     thread,
     time::Duration,
 };
 
-use malla_testbed::{Agent, PATIENCE, Pair, PodSpec, Way, accept, eventually, listen, payload};
+use malla_testbed::{PATIENCE, Pair, Polled, accept, eventually, listen, payload};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use socket2::SockRef;
+use socket2::{Domain, SockRef, Socket, Type};
 
 const MIB: usize = 1 << 20;
 
-/// Between pods that ask for all of it, once they have it.
-fn accelerated(way: Way) -> Pair {
-    let full = |name| PodSpec::new(name).settings("accelerate: full");
-    let mut pair = Pair::of(way, full("client"), full("server")).unwrap();
-    for agent in pair.agents() {
-        wait_for_mode(agent, "full");
-    }
-    pair.count_descriptors().unwrap();
-    pair
-}
-
-fn wait_for_mode(agent: &Agent, mode: &str) {
-    eventually(&format!("a pod in mode {mode}"), PATIENCE, || {
-        // One that takes over may not answer yet.
-        let metrics = agent.metrics();
-        metrics.is_ok_and(|metrics| metrics.sum("malla_acceleration_pods", &[("mode", mode)]) > 0.0)
-    })
-    .unwrap_or_else(|error| panic!("{error}\n{}", agent.log()));
-}
-
-/// How many directions of both nodes' connections this has happened to.
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "a count is a whole number far below the limits of a cast"
-)]
-fn directions(pair: &Pair, event: &str) -> usize {
-    let counts = pair.agents().map(|agent| {
-        let metrics = agent.metrics().unwrap();
-        metrics.sum("malla_acceleration_directions_total", &[("event", event)])
-    });
-    counts.iter().sum::<f64>() as usize
-}
-
-/// Waits until so many directions are counted as redirected.
-fn wait_for_redirected(pair: &Pair, many: usize) {
-    let what = format!("{many} directions to be redirected");
-    eventually(&what, PATIENCE, || directions(pair, "redirected") >= many).unwrap();
-}
-
-/// A socket of an app that waits for readiness and reads without blocking, as `full` asks of it.
-struct App(TcpStream);
-
-impl App {
-    fn new(socket: TcpStream) -> Self {
-        socket.set_nonblocking(true).unwrap();
-        Self(socket)
-    }
-
-    fn wait(&self, what: PollFlags) -> io::Result<()> {
-        let mut polled = [PollFd::new(self.0.as_fd(), what)];
-        let limit = PollTimeout::try_from(PATIENCE).unwrap();
-        match poll(&mut polled, limit)? {
-            0 => Err(ErrorKind::TimedOut.into()),
-            _ => Ok(()),
-        }
-    }
-}
-
-impl Read for &App {
-    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        loop {
-            match (&self.0).read(bytes) {
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    self.wait(PollFlags::POLLIN)?;
-                }
-                done => return done,
-            }
-        }
-    }
-}
-
-impl Write for &App {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        loop {
-            match (&self.0).write(bytes) {
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    self.wait(PollFlags::POLLOUT)?;
-                }
-                done => return done,
-            }
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// The client's and the server's end of a new connection.
-fn connection(pair: &Pair) -> (App, App) {
-    let (client, server) = pair.connection().unwrap();
-    (App::new(client), App::new(server))
-}
-
 #[test]
 fn messages_stay_redirected_in_both_families() {
-    let pair = accelerated(Way::Mesh);
-    let before = directions(&pair, "no_credit");
+    let pair = Pair::accelerated().unwrap();
+    let before = pair.directions("no_credit").unwrap();
     let listener = listen(&pair.server, 0).unwrap();
     let port = listener.local_addr().unwrap().port();
     for to in pair.addresses(port) {
-        let client = App::new(pair.dial(to).unwrap());
-        let server = App::new(accept(&listener).unwrap());
+        let client = Polled::new(pair.dial(to).unwrap()).unwrap();
+        let server = Polled::new(accept(&listener).unwrap()).unwrap();
         for turn in 0..300 {
             payload::send(&client, turn, 200).unwrap();
             payload::receive(&server, turn, 200).unwrap();
@@ -130,15 +35,15 @@ fn messages_stay_redirected_in_both_families() {
     }
     // Of eight: app and agent on two nodes, both ways, in two families. One that begins before the
     // kernel has come to the other end's last packet of the handshake goes by TCP.
-    wait_for_redirected(&pair, 4);
-    assert_eq!(directions(&pair, "no_credit"), before);
+    pair.wait_for_redirected(4).unwrap();
+    assert_eq!(pair.directions("no_credit").unwrap(), before);
     pair.nothing_is_held().unwrap();
 }
 
 #[test]
 fn bulk_data_is_exact_whether_its_reader_keeps_up_or_not() {
-    let pair = accelerated(Way::Mesh);
-    let (client, server) = connection(&pair);
+    let pair = Pair::accelerated().unwrap();
+    let (client, server) = pair.polled_connection().unwrap();
     for (from, to) in [(&client, &server), (&server, &client)] {
         thread::scope(|scope| {
             scope.spawn(|| payload::send(from, 7, 64 * MIB).unwrap());
@@ -147,7 +52,7 @@ fn bulk_data_is_exact_whether_its_reader_keeps_up_or_not() {
     }
     // Apps that stall until what is redirected isn't taken any more.
     for turn in 0..20 {
-        let (client, server) = connection(&pair);
+        let (client, server) = pair.polled_connection().unwrap();
         for (from, to) in [(&client, &server), (&server, &client)] {
             thread::scope(|scope| {
                 scope.spawn(|| payload::send(from, turn, 4 * MIB).unwrap());
@@ -156,35 +61,41 @@ fn bulk_data_is_exact_whether_its_reader_keeps_up_or_not() {
             });
         }
     }
-    assert!(directions(&pair, "redirected") > 0);
+    assert!(pair.directions("redirected").unwrap() > 0);
 }
 
 #[test]
 fn three_writes_of_a_delayed_answer_keep_their_order() {
-    let pair = accelerated(Way::Mesh);
+    let pair = Pair::accelerated().unwrap();
     let listener = listen(&pair.server, 0).unwrap();
     let to = pair.address(listener.local_addr().unwrap().port());
     for turn in 0..1000_u64 {
-        let client = pair.dial(to).unwrap();
-        SockRef::from(&client).set_tcp_quickack(false).unwrap();
-        client.set_nodelay(true).unwrap();
-        let client = App::new(client);
+        let client = pair.client.enter(|| {
+            let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+            // The first message brings the ACK, which the agent's end comes to be by.
+            socket.set_tcp_quickack(false)?;
+            socket.set_tcp_nodelay(true)?;
+            socket.connect(&to.into())?;
+            Polled::new(socket.into())
+        });
+        let client = client.unwrap();
         for message in 0..3 {
             payload::send(&client, 3 * turn + message, 100).unwrap();
         }
-        let server = App::new(accept(&listener).unwrap());
+        let server = Polled::new(accept(&listener).unwrap()).unwrap();
         for message in 0..3 {
             payload::receive(&server, 3 * turn + message, 100).unwrap();
         }
     }
-    wait_for_redirected(&pair, 1000);
+    // What the server's agent sends, unless its app's end comes to be by it.
+    pair.wait_for_redirected(100).unwrap();
 }
 
 #[test]
 fn the_last_bytes_before_an_end_are_read_before_it() {
-    let pair = accelerated(Way::Mesh);
+    let pair = Pair::accelerated().unwrap();
     for turn in 0..300 {
-        let (client, server) = connection(&pair);
+        let (client, server) = pair.polled_connection().unwrap();
         // Each in its turn ends first; the other goes on speaking, and then ends as well.
         let (first, second) = if turn % 2 == 0 {
             (client, server)
@@ -199,15 +110,15 @@ fn the_last_bytes_before_an_end_are_read_before_it() {
         drop(second);
         payload::receive_all(&first, turn + 1, length).unwrap();
     }
-    wait_for_redirected(&pair, 600);
+    pair.wait_for_redirected(600).unwrap();
     pair.nothing_is_held().unwrap();
 }
 
 #[test]
 fn a_reset_is_a_reset_on_either_side() {
-    let pair = accelerated(Way::Mesh);
+    let pair = Pair::accelerated().unwrap();
     for turn in 0..20 {
-        let (client, server) = connection(&pair);
+        let (client, server) = pair.polled_connection().unwrap();
         let (resets, hears) = if turn % 2 == 0 {
             (client, server)
         } else {
@@ -227,10 +138,10 @@ fn a_reset_is_a_reset_on_either_side() {
 
 #[test]
 fn a_writer_whose_reader_stalls_is_stopped() {
-    let pair = accelerated(Way::Mesh);
+    let pair = Pair::accelerated().unwrap();
     let before = pair.agents().map(|agent| agent.resident_memory().unwrap());
     for server_writes in [false, true] {
-        let (client, server) = connection(&pair);
+        let (client, server) = pair.polled_connection().unwrap();
         let (writer, reader) = if server_writes {
             (server, client)
         } else {
@@ -239,7 +150,7 @@ fn a_writer_whose_reader_stalls_is_stopped() {
         let mut pushed = 0;
         let piece = vec![1; 64 << 10];
         // Full for a second.
-        let is_full = |writer: &App| {
+        let is_full = |writer: &Polled| {
             let mut polled = [PollFd::new(writer.0.as_fd(), PollFlags::POLLOUT)];
             poll(&mut polled, PollTimeout::from(1000_u16)).unwrap() == 0
         };
@@ -264,20 +175,20 @@ fn a_writer_whose_reader_stalls_is_stopped() {
 
 /// Opens connections until one is seen to be redirected.
 fn new_connections_are_accelerated(pair: &Pair) {
-    let before = directions(pair, "redirected");
+    let before = pair.directions("redirected").unwrap();
     eventually("a new connection to be accelerated", PATIENCE, || {
-        let (client, server) = connection(pair);
+        let (client, server) = pair.polled_connection().unwrap();
         payload::send(&client, 1, 1000).unwrap();
         payload::receive(&server, 1, 1000).unwrap();
-        directions(pair, "redirected") > before
+        pair.directions("redirected").unwrap() > before
     })
     .unwrap();
 }
 
 #[test]
 fn settings_and_agents_change_under_a_live_connection() {
-    let mut pair = accelerated(Way::Mesh);
-    let (client, server) = connection(&pair);
+    let mut pair = Pair::accelerated().unwrap();
+    let (client, server) = pair.polled_connection().unwrap();
     let speaks = |turn: u64| {
         for (from, to) in [(&client, &server), (&server, &client)] {
             payload::send(from, turn, 30_000).unwrap();
@@ -285,7 +196,7 @@ fn settings_and_agents_change_under_a_live_connection() {
         }
     };
     speaks(1);
-    wait_for_redirected(&pair, 1);
+    pair.wait_for_redirected(1).unwrap();
     let (a, b) = (Arc::clone(&pair.a), Arc::clone(&pair.b));
     for (turn, mode) in [(2, "off"), (4, "full"), (6, "auto"), (8, "full")] {
         for pod in [&pair.client, &pair.server] {
@@ -294,7 +205,7 @@ fn settings_and_agents_change_under_a_live_connection() {
         }
         let in_force = if mode == "full" { "full" } else { "off" };
         for agent in pair.agents() {
-            wait_for_mode(agent, in_force);
+            agent.wait_for_acceleration(in_force).unwrap();
         }
         speaks(turn);
         if mode == "full" {
@@ -303,7 +214,7 @@ fn settings_and_agents_change_under_a_live_connection() {
     }
     let old = [&a, &b].map(|node| pair.bed.upgrade_agent(node).unwrap());
     for agent in pair.agents() {
-        wait_for_mode(agent, "full");
+        agent.wait_for_acceleration("full").unwrap();
     }
     speaks(9);
     payload::send(&client, 10, 5000).unwrap();
@@ -317,14 +228,14 @@ fn settings_and_agents_change_under_a_live_connection() {
 
 #[test]
 fn what_a_server_said_is_read_after_the_agents_end() {
-    let pair = accelerated(Way::Mesh);
-    let (client, server) = connection(&pair);
+    let pair = Pair::accelerated().unwrap();
+    let (client, server) = pair.polled_connection().unwrap();
     payload::send(&client, 1, 100).unwrap();
     payload::receive(&server, 1, 100).unwrap();
     payload::send(&server, 2, 50_000).unwrap();
     drop(server);
     // In the client's socket now, or on its way there.
-    wait_for_redirected(&pair, 1);
+    pair.wait_for_redirected(1).unwrap();
     client.wait(PollFlags::POLLIN).unwrap();
     let agents = pair.agents();
     client.0.shutdown(Shutdown::Write).unwrap();
@@ -348,17 +259,46 @@ fn pair_is_idle(pair: &Pair) {
 
 #[test]
 fn a_killed_agents_connections_are_reset_and_the_next_one_accelerates() {
-    let mut pair = accelerated(Way::Mesh);
-    let (client, server) = connection(&pair);
-    payload::send(&client, 1, 100).unwrap();
-    payload::receive(&server, 1, 100).unwrap();
+    let mut pair = Pair::accelerated().unwrap();
     let a = Arc::clone(&pair.a);
-    pair.agents()[0].kill9();
-    for end in [&client, &server] {
-        let error = { end }.read(&mut [0]).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    // At rest, with a writer that its reader has stopped, and in the middle of a transfer.
+    let ends = [0, 1, 2].map(|_| pair.polled_connection().unwrap());
+    for (client, server) in &ends {
+        payload::send(client, 1, 100).unwrap();
+        payload::receive(server, 1, 100).unwrap();
+    }
+    pair.wait_for_redirected(3).unwrap();
+    let [rest, stalled, moving] = &ends;
+    let write_on = |mut to: &Polled| loop {
+        if let Err(error) = to.write(&[1; 16 << 10]) {
+            break error.kind();
+        }
+    };
+    let read_on = |mut from: &Polled| loop {
+        match from.read(&mut [0; 16 << 10]) {
+            Ok(0) => panic!("a reset is read as an end"),
+            Ok(_) => {}
+            Err(error) => break error.kind(),
+        }
+    };
+    let told = thread::scope(|scope| {
+        let both = [&moving.0, &moving.1];
+        let writers = [&stalled.0, &stalled.1].into_iter().chain(both);
+        let writers: Vec<_> = writers.map(|end| scope.spawn(|| write_on(end))).collect();
+        let readers = both.into_iter().chain([&rest.0, &rest.1]);
+        let readers: Vec<_> = readers.map(|end| scope.spawn(|| read_on(end))).collect();
+        thread::sleep(Duration::from_millis(500));
+        assert!(writers.iter().chain(&readers).all(|end| !end.is_finished()));
+        pair.agents()[0].kill9();
+        let all = writers.into_iter().chain(readers);
+        all.map(|end| end.join().unwrap()).collect::<Vec<_>>()
+    });
+    for kind in told {
+        // One that reads and writes is told once of the reset, and then that the pipe is broken.
+        let is_end = matches!(kind, ErrorKind::ConnectionReset | ErrorKind::BrokenPipe);
+        assert!(is_end, "{kind:?}");
     }
     drop(pair.bed.start_agent(&a).unwrap());
-    wait_for_mode(pair.agents()[0], "full");
+    pair.agents()[0].wait_for_acceleration("full").unwrap();
     new_connections_are_accelerated(&pair);
 }

@@ -9,7 +9,7 @@ use std::{
 
 use aya::{
     Btf, Ebpf,
-    maps::{HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, SkStorage},
+    maps::{HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues, SkStorage},
     programs::{BtfTracePoint, CgroupSockopt, Program, ProgramError, SkMsg, SockOps},
 };
 use malla_common::acceleration::{End, Event};
@@ -130,6 +130,16 @@ impl AccelerationPrograms {
     pub(super) fn waiting(&self) -> Result<(BpfHashMap<MapData, End, i64>, Entry), LoadError> {
         let (map, entry) = handle(&self.waiting)?;
         Ok((Map::HashMap(map).try_into()?, entry))
+    }
+
+    /// Counts from nothing again.
+    pub(super) fn reset_events(&mut self) -> Result<(), LoadError> {
+        for event in Event::ALL {
+            let counts = self.events.0.get(&(event as u32), 0)?;
+            let none = PerCpuValues::try_from(vec![0; counts.len()])?;
+            self.events.0.set(event as u32, none, 0)?;
+        }
+        Ok(())
     }
 
     pub(super) fn events(&self) -> Vec<(Event, u64)> {

@@ -42,7 +42,9 @@ pub(super) fn run(programs: &mut AccelerationPrograms, own_cgroup: &Path) -> Ver
         .map_err(|error| error.to_string())
         .and_then(Bench::verdict);
     programs.detach();
-    match tried {
+    // Users want to know of their own connections.
+    let forgotten = programs.reset_events().map_err(|error| error.to_string());
+    match tried.and_then(|limits| forgotten.map(|()| limits)) {
         Ok(limits) => Verdict {
             failure: None,
             limits,

@@ -5,19 +5,22 @@
 
 use std::{
     collections::HashSet,
+    fs,
     io::{Read, Write},
     net::{IpAddr, Shutdown, SocketAddr, TcpStream},
     ops::Range,
     sync::Arc,
     thread,
+    time::Duration,
 };
 
 use malla_testbed::{
-    PATIENCE, Pair, Pod, PodSpec, Polled, TcpState, Testbed, accept, dial_from, eventually, listen,
-    payload,
+    PATIENCE, PORT, Pair, Pod, PodSpec, Polled, TcpState, Testbed, accept, dial_from, eventually,
+    listen, nginx, payload,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
+const MIB: usize = 1 << 20;
 const THREADS: u64 = 8;
 
 /// The addresses and ports of a pod's connections, its apps' and its agent's, without their order.
@@ -234,4 +237,46 @@ fn an_end_right_behind_data_is_read_after_it() {
 #[ignore = "long: 100,000 connections"]
 fn an_end_right_behind_data_is_read_after_it_100_000_times() {
     ends_right_behind_data(100_000);
+}
+
+#[test]
+fn what_nginx_sends_by_sendfile_is_the_file() {
+    const CLIENTS: usize = 20;
+    let pair = Pair::accelerated().unwrap();
+    let folder = pair.bed.folder().join("nginx");
+    fs::create_dir(&folder).unwrap();
+    payload::send(fs::File::create(folder.join("file")).unwrap(), 3, 5 * MIB).unwrap();
+    let server = format!(
+        "sendfile on; server {{ listen {PORT}; root {}; }}",
+        folder.display()
+    );
+    let nginx = nginx(&pair.server, &folder, &server).unwrap();
+    let _nginx = nginx.spawn().unwrap();
+    pair.server.wait_listening(PORT).unwrap();
+    let to = pair.address(PORT);
+    thread::scope(|scope| {
+        for turn in 0..CLIENTS {
+            let client = Polled::new(pair.dial(to).unwrap()).unwrap();
+            scope.spawn(move || {
+                let request = b"GET /file HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n";
+                { &client }.write_all(request).unwrap();
+                // Some clients are slow, so what is sent finds no room.
+                thread::sleep(Duration::from_millis(20 * (turn as u64 % 10)));
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    let mut byte = [0];
+                    { &client }.read_exact(&mut byte).unwrap();
+                    head.push(byte[0]);
+                }
+                assert!(head.starts_with(b"HTTP/1.1 200"));
+                payload::receive_all(&client, 3, 5 * MIB).unwrap();
+            });
+        }
+    });
+    // Nginx answers when both ends are there.
+    let redirected = || pair.agents()[1].directions("redirected").unwrap();
+    eventually("nginx's answers to be redirected", PATIENCE, || {
+        redirected() >= CLIENTS
+    })
+    .unwrap();
 }

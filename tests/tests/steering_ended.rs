@@ -5,12 +5,11 @@
 use std::{
     io::{ErrorKind, Read},
     net::{IpAddr, SocketAddr},
-    thread,
     time::Duration,
 };
 
 use malla_testbed::{
-    Fate, PORT, Pod, PodSpec, Scene, TcpState, Testbed, accept, eventually, listen,
+    Fate, Node, PORT, Pod, PodSpec, Scene, TcpState, Testbed, accept, eventually, listen,
     packet::{ACK, FIN, TcpPacket},
     say,
 };
@@ -47,6 +46,15 @@ fn repeated_fins(client: &Pod, number: usize) -> Vec<TcpPacket> {
     between(client, PORT).into_iter().map(fin).collect()
 }
 
+/// Waits until the programs of a node have dropped so many answers.
+fn answers_are_dropped(scene: &Scene, node: &Node, number: f64) {
+    eventually("the answers to be dropped", LIMIT, || {
+        let metrics = scene.metrics(node).unwrap();
+        metrics.steering_packets("outbound", "dropped", "kernel_reply") >= number
+    })
+    .unwrap();
+}
+
 #[test]
 fn an_answer_from_time_wait_does_not_pass_the_agent_that_has_forgotten_the_connection() {
     let scene = Scene::new("", "").unwrap();
@@ -64,11 +72,7 @@ fn an_answer_from_time_wait_does_not_pass_the_agent_that_has_forgotten_the_conne
     for fin in &fins {
         sender.send(&fin.to_bytes()).unwrap();
     }
-    eventually("the answers to be dropped", LIMIT, || {
-        let metrics = scene.metrics(&scene.a).unwrap();
-        metrics.steering_packets("outbound", "dropped", "kernel_reply") >= 2.0
-    })
-    .unwrap();
+    answers_are_dropped(&scene, &scene.a, 2.0);
     let seen = capture.tcp();
     let past = |packet: &TcpPacket| fins.iter().any(|fin| fin.from == packet.to);
     assert!(!seen.iter().any(past), "past the agent: {seen:?}");
@@ -140,11 +144,7 @@ fn what_answers_for_a_connection_that_the_agent_has_reset_does_not_leave_the_pod
         };
         sender.send(&keepalive.to_bytes()).unwrap();
     }
-    eventually("the answers to be dropped", LIMIT, || {
-        let metrics = scene.metrics(&scene.a).unwrap();
-        metrics.steering_packets("outbound", "dropped", "kernel_reply") >= 2.0
-    })
-    .unwrap();
+    answers_are_dropped(&scene, &scene.a, 2.0);
     let seen = capture.tcp();
     assert!(
         !seen.iter().any(|packet| packet.to.port() == RESETS),
@@ -166,14 +166,18 @@ fn what_an_app_answers_to_a_dial_that_was_given_up_does_not_leave_the_pod() {
     answers("8");
     server.netns().ip("neigh flush dev eth0\n").unwrap();
     let mut stream = client.caller().connect((server.v4(), PORT).into()).unwrap();
-    thread::sleep(Duration::from_millis(300));
+    eventually(
+        "the agent to dial from the pod's own address",
+        LIMIT,
+        || {
+            let metrics = scene.metrics(&scene.b).unwrap();
+            metrics.sum("malla_source_replaced_total", &[]) >= 1.0
+        },
+    )
+    .unwrap();
     answers("0");
     assert_eq!(say(&mut stream, b"hello"), Fate::Echoed);
-    eventually("the answers to be dropped", LIMIT, || {
-        let metrics = scene.metrics(&scene.b).unwrap();
-        metrics.steering_packets("outbound", "dropped", "kernel_reply") >= 1.0
-    })
-    .unwrap();
+    answers_are_dropped(&scene, &scene.b, 1.0);
     let seen = capture.tcp();
     let past = |packet: &TcpPacket| packet.from.port() == PORT;
     let past: Vec<_> = seen.iter().filter(|packet| past(packet)).collect();

@@ -38,14 +38,7 @@ fn connections_reach_the_server_in_the_order_of_their_opening(pair: &Pair) {
                         stream
                     })
                     .collect();
-                let order: Vec<u8> = clients
-                    .iter()
-                    .map(|_| {
-                        let mut number = [0];
-                        accept(&listener).unwrap().read_exact(&mut number).unwrap();
-                        number[0]
-                    })
-                    .collect();
+                let order = numbers(&listener, clients.len());
                 let expected: Vec<u8> = (0..IN_ROW).collect();
                 assert_eq!(order, expected, "in row {row}");
                 // Longer than what makes one row of two.
@@ -57,6 +50,16 @@ fn connections_reach_the_server_in_the_order_of_their_opening(pair: &Pair) {
         done.store(true, Ordering::Relaxed);
         rows.unwrap();
     });
+}
+
+/// What the next connections say, in the order in which they are accepted.
+fn numbers(listener: &TcpListener, many: usize) -> Vec<u8> {
+    let number = |_| {
+        let mut number = [0];
+        accept(listener).unwrap().read_exact(&mut number).unwrap();
+        number[0]
+    };
+    (0..many).map(number).collect()
 }
 
 /// Sends without a pause, then ends.
@@ -108,14 +111,7 @@ fn arrive_in_order(listener: &TcpListener, dial: impl Fn() -> TcpStream) {
             stream
         })
         .collect();
-    let order: Vec<u8> = clients
-        .iter()
-        .map(|_| {
-            let mut number = [0];
-            accept(listener).unwrap().read_exact(&mut number).unwrap();
-            number[0]
-        })
-        .collect();
+    let order = numbers(listener, clients.len());
     let expected: Vec<u8> = (0..CONNECTIONS).collect();
     assert_eq!(order, expected);
 }

@@ -178,7 +178,7 @@ impl Command {
     pub fn output(self) -> Result<Output> {
         let line = self.line();
         let limit = self.limit;
-        let (stdout, stderr) = (self.new_file("out"), self.new_file("err"));
+        let (stdout, stderr) = (self.new_file("out")?, self.new_file("err")?);
         let process = self.start(File::create(&stdout)?, File::create(&stderr)?, &stdout)?;
         let status = process.wait(limit);
         drop(process);
@@ -198,7 +198,7 @@ impl Command {
 
     /// Starts it in the background; what it says goes to a log.
     pub fn spawn(self) -> Result<Process> {
-        let log = self.new_file("log");
+        let log = self.new_file("log")?;
         let file = File::options().create(true).append(true).open(&log)?;
         self.start(file.try_clone()?, file, &log)
     }
@@ -218,7 +218,7 @@ impl Command {
         let stdin = match &self.input {
             None => Stdio::null(),
             Some(input) => {
-                let path = self.new_file("in");
+                let path = self.new_file("in")?;
                 fs::write(&path, input)?;
                 let file = File::open(&path)?;
                 fs::remove_file(&path)?;
@@ -268,13 +268,17 @@ impl Command {
         words.collect::<Vec<_>>().join(" ")
     }
 
-    fn new_file(&self, ending: &str) -> PathBuf {
+    /// In a folder of its own, apart from the mesh file: agents look after that one's, and each line
+    /// in a log there would wake them.
+    fn new_file(&self, ending: &str) -> Result<PathBuf> {
         static SEQUENCE: AtomicU32 = AtomicU32::new(1);
         let program = self.arguments.first().map(Path::new);
         let program = program.and_then(Path::file_name).unwrap_or_default();
         let sequence = SEQUENCE.fetch_add(1, Ordering::Relaxed);
         let name = format!("{}-{sequence}.{ending}", program.to_string_lossy());
-        self.place.folder.join(name)
+        let folder = self.place.folder.join("processes");
+        fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+        Ok(folder.join(name))
     }
 }
 

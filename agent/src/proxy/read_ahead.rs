@@ -11,7 +11,7 @@ use std::{
 use tokio::io::{AsyncRead, ReadBuf};
 
 /// What one read takes. A tunnel carries many connections, and rustls asks for 4 KiB at a time.
-const PIECE: usize = 64 * 1024;
+const PIECE: usize = 256 * 1024;
 
 thread_local! {
     /// The buffer that whichever tunnel of this thread reads next takes: most have emptied it again

@@ -245,8 +245,6 @@ impl Worker {
 pub(super) fn make_runtime() -> std::io::Result<LocalRuntime> {
     runtime::Builder::new_current_thread()
         .enable_all()
-        // How long tasks run before sockets are looked at is for `turns` to say.
-        .event_interval(1)
         .build_local(LocalOptions::default())
 }
 

@@ -18,7 +18,7 @@ use super::{
     Pod,
     cgroup::CgroupId,
     diag::Held,
-    listeners::{relay_options, set_option},
+    listeners::{over_loopback, relay_options, set_option},
 };
 use crate::{
     ledger::{Accounted, Kind},
@@ -178,6 +178,18 @@ impl Opening {
         local.ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
     }
 
+    /// The stream, where it is open already: over the loopback, where the app's kernel has answered
+    /// before `connect` returned. No timer is set for it, and no wake-up waited for.
+    fn at_once(self) -> io::Result<Result<Accounted<TcpStream>, Self>> {
+        // A connection that isn't open has no peer (`getpeername`).
+        if self.socket.peer_addr().is_err() {
+            return Ok(Err(self));
+        }
+        let (entry, socket) = self.socket.into_parts();
+        let stream = TcpStream::from_std(socket.into())?;
+        Ok(Ok(Accounted::from_parts(entry, stream)))
+    }
+
     /// Waits until it is open.
     pub async fn open(self, limit: Duration) -> Result<Accounted<TcpStream>, DialError> {
         let (entry, socket) = self.socket.into_parts();
@@ -306,8 +318,19 @@ async fn attempt(
         Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) => return Ok(Attempt::Taken),
         Err(error) => return Err(error.into()),
     }
-    let connecting = async { Opening::of(socket, destination)?.open(limit).await };
-    tokio::pin!(connecting);
+    let opening = match Opening::of(socket, destination) {
+        Ok(opening) => opening,
+        // This tuple is in use, and a bound socket can't be bound again.
+        Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {
+            return Ok(Attempt::Taken);
+        }
+        Err(error) => return Err(error.into()),
+    };
+    // Rare, and large.
+    let mut connecting = match opening.at_once()? {
+        Ok(stream) => return Ok(Attempt::Open(stream)),
+        Err(opening) => Box::pin(opening.open(limit)),
+    };
     let connected = match timeout(AT_ONCE, &mut connecting).await {
         Ok(connected) => connected,
         Err(_) => match pod.dial_ports.holder(source, destination) {
@@ -317,14 +340,7 @@ async fn attempt(
             Held::No | Held::TimeWait => connecting.await,
         },
     };
-    match connected {
-        Ok(stream) => Ok(Attempt::Open(stream)),
-        // This tuple is in use, and a bound socket can't be bound again.
-        Err(DialError::Io(error)) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {
-            Ok(Attempt::Taken)
-        }
-        Err(error) => Err(error),
-    }
+    Ok(Attempt::Open(connected?))
 }
 
 /// Takes the flow out of the map on every way out, the dropped future's included.
@@ -381,13 +397,13 @@ fn transparent_socket(destination: SocketAddr) -> io::Result<Socket> {
     };
     set_option(&socket, level, option, 1)?;
     socket.set_reuse_address(true)?;
+    over_loopback(SockRef::from(&socket));
     Ok(socket)
 }
 
 fn new_socket(destination: SocketAddr) -> io::Result<Socket> {
     let domain = Domain::for_address(destination);
-    let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_nonblocking(true)?;
+    let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
     relay_options(&socket)?;
     Ok(socket)
 }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use nix::sys::socket::{getsockopt, sockopt};
-use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::{
     ledger::{Accounted, Kind},
@@ -148,7 +148,11 @@ pub fn bind(workers: u16, free: [u16; 3]) -> io::Result<(ListenerPorts, Vec<PodL
 pub fn bind_to(workers: u16, ports: ListenerPorts) -> io::Result<Vec<PodListeners>> {
     let set = |_| {
         Ok(PodListeners {
-            outbound: listener(ports.outbound)?,
+            outbound: {
+                let listener = listener(ports.outbound)?;
+                over_loopback(SockRef::from(&*listener));
+                listener
+            },
             inbound: listener(ports.inbound)?,
             mesh: listener(ports.mesh)?,
         })
@@ -199,6 +203,14 @@ pub fn relay_options(socket: &Socket) -> io::Result<()> {
             .with_retries(KEEPALIVE_RETRIES),
     )?;
     socket.set_linger(Some(Duration::ZERO))
+}
+
+/// What a leg between an app and the agent has, which is inherited too: the plainest congestion control.
+/// There is no path to find out about, and BBR, where it is the node's choice, would pace what is sent
+/// by a timer.
+pub fn over_loopback(socket: SockRef<'_>) {
+    // Every kernel has it (`TCP_CONG_RENO` of net/ipv4/tcp_cong.c); without it the leg works as well.
+    let _ = socket.set_tcp_congestion(b"reno");
 }
 
 /// Sets an integer option that socket2 has no method for.

@@ -10,7 +10,12 @@
 
 mod line;
 
-use std::{fmt, io};
+use std::{
+    fmt,
+    io::{self, BufWriter},
+    thread,
+    time::Duration,
+};
 
 use tracing::Subscriber;
 use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
@@ -22,6 +27,12 @@ use line::Line;
 
 /// Lines that wait for the writer at most. At half a kilobyte a line these are 8 MiB.
 const QUEUE_LINES: usize = 16 * 1024;
+
+/// How long lines gather after some were written, so that where there are many a line costs neither
+/// a system call nor a wake-up.
+const GATHER: Duration = Duration::from_millis(5);
+/// What gathers at most before it is written.
+const GATHERED: usize = 64 * 1024;
 
 /// The form of a log line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
@@ -90,13 +101,28 @@ fn queue(writer: impl io::Write + Send + 'static, lines: usize) -> (NonBlocking,
         .lossy(true)
         .buffered_lines_limit(lines)
         .thread_name("malla-log")
-        .finish(writer);
+        .finish(Batches(BufWriter::with_capacity(GATHERED, writer)));
     let dropped = writer.error_counter();
     let guard = LogGuard {
         _writer: guard,
         dropped,
     };
     (writer, guard)
+}
+
+/// Before the writer, in the thread of the queue, which flushes it when the queue is empty.
+struct Batches<W: io::Write>(BufWriter<W>);
+
+impl<W: io::Write> io::Write for Batches<W> {
+    fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
+        self.0.write(lines)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()?;
+        thread::sleep(GATHER);
+        Ok(())
+    }
 }
 
 fn subscriber<W>(

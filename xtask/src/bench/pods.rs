@@ -8,21 +8,26 @@ use malla_testbed::{Crowd, PodSpec, Testbed};
 use super::usage;
 
 const PODS: u16 = 100;
+/// Those that are enrolled before it is measured.
+const FIRST: u16 = 10;
 
 /// How long a node is left alone before its memory is read: programs that were replaced, and what
 /// the start has freed, are given back some seconds later.
 const REST: Duration = Duration::from_secs(12);
 
 /// KiB of each of a hundred pods, in the agent and in the kernel: what they take beyond being
-/// there, which an agent that doesn't know them yet shows.
+/// there, which an agent that doesn't know them yet shows. It has served a few before: what it takes
+/// to enrol any pod at all, such as the program's pages for that, isn't theirs.
 pub(super) fn memory_of_each(malla: &Path) -> Result<f64> {
     let mut crowd = Crowd::new(Testbed::new("bench")?.with_agent_program(malla), 0)?;
     crowd.start()?;
     let node = crowd.node.clone();
     let spec = |n| PodSpec::new(format!("pod-{n}")).account(format!("account-{n}"));
+    let first = crowd.bed.pods(&node, (0..FIRST).map(spec))?;
+    first.iter().try_for_each(|pod| crowd.wait_steered(pod))?;
     let pods = crowd
         .bed
-        .untold(|bed| bed.pods(&node, (0..PODS).map(spec)))?;
+        .untold(|bed| bed.pods(&node, (FIRST..FIRST + PODS).map(spec)))?;
     let agent = crowd.agent().process().pid();
     thread::sleep(REST);
     let before = used(agent)?;

@@ -7,6 +7,7 @@ use std::{
     fmt, fs, io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use aya::maps::{HashMap as BpfHashMap, Map, MapData};
@@ -88,7 +89,7 @@ pub async fn cleanup(bpffs: &Path, cgroups: Option<&Path>) -> Result<Vec<Cleaned
     if !processes.is_empty() {
         return Err(CleanupError::AgentLives { processes });
     }
-    let home = Netns::current().map_err(CleanupError::Home)?;
+    let home = Arc::new(Netns::current().map_err(CleanupError::Home)?);
     let mut cleaned = Vec::new();
     for (workload, folder) in record::all(&bpffs.join("links")) {
         cleaned.extend(clean_pod(workload, &folder, &home).await);
@@ -112,7 +113,7 @@ pub fn folders() -> Vec<PathBuf> {
     found
 }
 
-async fn clean_pod(workload: WorkloadId, folder: &Path, home: &Netns) -> Option<Cleaned> {
+async fn clean_pod(workload: WorkloadId, folder: &Path, home: &Arc<Netns>) -> Option<Cleaned> {
     let record = Record::read(folder);
     let Some(record) = record else {
         attach::detach_links(folder);
@@ -122,9 +123,9 @@ async fn clean_pod(workload: WorkloadId, folder: &Path, home: &Netns) -> Option<
     let netns = record.path.clone();
     // Its name may be gone while it lives.
     let found = reopen(&record).or_else(|| Netns::of_a_process(record.netns));
-    if let Some(found) = found
-        && let Ok((network, _)) = Network::open(&found, home)
-    {
+    if let Some(found) = found {
+        let found = Arc::new(found);
+        let network = Network::of(&found, home);
         withdraw::restore(folder, &record, &found, home, &network).await;
         return Some(Cleaned::Pod { workload, netns });
     }

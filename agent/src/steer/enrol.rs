@@ -25,7 +25,7 @@ use super::{
     listeners::{self, ListenerPorts, PodListeners, PortSet},
     lock,
     netns::Netns,
-    network::{Network, NetworkError},
+    network::{Changes, Network, NetworkError},
     pod::Pod,
     programs::ProgramsError,
     record::{self, Record},
@@ -85,7 +85,7 @@ impl Steering {
         &self,
         workload: &Workload,
     ) -> Result<(Enrolment, Vec<PodListeners>), EnrolError> {
-        let netns = self.open(workload)?;
+        let netns = Arc::new(self.open(workload)?);
         let id = netns.id();
         let enrolled = self.enrol_in(workload, netns).await;
         if enrolled.is_err() {
@@ -97,9 +97,10 @@ impl Steering {
     async fn enrol_in(
         &self,
         workload: &Workload,
-        netns: Netns,
+        netns: Arc<Netns>,
     ) -> Result<(Enrolment, Vec<PodListeners>), EnrolError> {
-        let (network, changes) = Network::open(&netns, &self.home)?;
+        let changes = Changes::of(&netns, &self.home)?;
+        let network = Network::of(&netns, &self.home);
         check_addresses(&network, workload).await?;
         let pins = record::folder(&self.links, &workload.id, netns.id());
         self.bury_others(&workload.id, &pins).await;

@@ -1,17 +1,25 @@
 //! What the agent reads and watches of a pod's netns over rtnetlink.
 
-use std::{collections::HashMap, io, net::IpAddr, pin::Pin, task::Poll};
+use std::{
+    collections::HashMap,
+    future::poll_fn,
+    io,
+    net::IpAddr,
+    ops::Deref,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
 
-use futures_util::{Stream, StreamExt, TryStreamExt};
+use futures_util::TryStreamExt;
 use rtnetlink::{
     Error, Handle, LinkUnspec, MulticastGroup,
     packet_route::{
         address::{AddressAttribute, AddressHeaderFlags},
         link::{LinkAttribute, LinkFlags, LinkLayerType},
     },
-    sys::AsyncSocket,
+    sys::{AsyncSocket, SocketAddr, TokioSocket, protocols::NETLINK_ROUTE},
 };
-use tokio::{sync::Mutex, task::JoinHandle};
+use tokio::task::JoinHandle;
 
 use super::netns::Netns;
 use crate::ledger::{Entry, Kind};
@@ -38,23 +46,39 @@ pub struct Interface {
     pub ethernet: Option<bool>,
 }
 
-/// A netlink socket in a pod's netns. Dropping it ends its task.
+/// What is asked of a netns, each time over a socket of its own: one takes 72 KiB for what it may
+/// read, and a netns is asked now and then.
 #[derive(Debug)]
 pub struct Network {
-    pub(super) handle: Handle,
-    /// Whose turn it is to list something: the kernel gives a socket one list at a time.
-    pub(super) lists: Mutex<()>,
+    netns: Arc<Netns>,
+    home: Arc<Netns>,
+}
+
+/// A netlink socket in a netns. Dropping it ends its task.
+pub(super) struct Asking {
+    handle: Handle,
     task: JoinHandle<()>,
 }
 
-impl Drop for Network {
+impl Deref for Asking {
+    type Target = Handle;
+
+    fn deref(&self) -> &Handle {
+        &self.handle
+    }
+}
+
+impl Drop for Asking {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
-/// Yields once for each batch of changes of links, addresses, rules, routes and filters.
-pub struct Changes(Pin<Box<dyn Stream<Item = ()> + Send>>);
+/// What changes in a netns: its links, addresses, rules, routes and filters.
+pub struct Changes {
+    _entry: Entry,
+    socket: TokioSocket,
+}
 
 impl std::fmt::Debug for Changes {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -63,33 +87,72 @@ impl std::fmt::Debug for Changes {
 }
 
 impl Changes {
+    const GROUPS: [MulticastGroup; 8] = [
+        MulticastGroup::Link,
+        MulticastGroup::Ipv4Ifaddr,
+        MulticastGroup::Ipv6Ifaddr,
+        MulticastGroup::Ipv4Rule,
+        MulticastGroup::Ipv6Rule,
+        MulticastGroup::Ipv4Route,
+        MulticastGroup::Ipv6Route,
+        MulticastGroup::Tc,
+    ];
+
+    /// From now on. Needs a tokio runtime.
+    pub fn of(netns: &Netns, home: &Netns) -> Result<Self, NetworkError> {
+        let listening = netns.enter(home, Self::listen);
+        listening
+            .and_then(|result| result)
+            .map_err(NetworkError::Enter)
+    }
+
+    /// In the calling thread's netns.
+    fn listen() -> io::Result<Self> {
+        let mut socket = TokioSocket::new(NETLINK_ROUTE)?;
+        // A group is a bit of the address, beginning with the lowest (`netlink(7)`).
+        let groups = Self::GROUPS.map(|group| 1 << (group as u32 - 1));
+        let groups = groups.into_iter().fold(0, |all, group| all | group);
+        socket.socket_mut().bind(&SocketAddr::new(0, groups))?;
+        let _entry = Entry::new(socket.socket_ref(), 0, Kind::Netlink);
+        Ok(Self { _entry, socket })
+    }
+
     /// Waits for the next change. None when the socket broke.
     pub async fn next(&mut self) -> Option<()> {
-        self.0.next().await?;
+        poll_fn(|cx| self.poll_change(cx)).await.ok()?;
         // What is queued already is one change.
-        std::future::poll_fn(|cx| {
-            while let Poll::Ready(Some(())) = self.0.as_mut().poll_next(cx) {}
+        poll_fn(|cx| {
+            while let Poll::Ready(Ok(())) = self.poll_change(cx) {}
             Poll::Ready(())
         })
         .await;
         Some(())
     }
+
+    fn poll_change(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // What it says is cut off: everything is looked at anew.
+        let mut start = [0; 16];
+        match ready!(self.socket.poll_recv(cx, &mut start.as_mut_slice())) {
+            // Some were lost, which is a change too.
+            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => Poll::Ready(Ok(())),
+            read => Poll::Ready(read),
+        }
+    }
 }
 
 impl Network {
-    pub fn open(netns: &Netns, home: &Netns) -> Result<(Self, Changes), NetworkError> {
-        let groups = [
-            MulticastGroup::Link,
-            MulticastGroup::Ipv4Ifaddr,
-            MulticastGroup::Ipv6Ifaddr,
-            MulticastGroup::Ipv4Rule,
-            MulticastGroup::Ipv6Rule,
-            MulticastGroup::Ipv4Route,
-            MulticastGroup::Ipv6Route,
-            MulticastGroup::Tc,
-        ];
-        let (mut connection, handle, messages) = netns
-            .enter(home, || rtnetlink::new_multicast_connection(&groups))
+    pub fn of(netns: &Arc<Netns>, home: &Arc<Netns>) -> Self {
+        Self {
+            netns: Arc::clone(netns),
+            home: Arc::clone(home),
+        }
+    }
+
+    /// A socket to ask by, or to have something done. Needs a tokio runtime.
+    pub(super) fn ask(&self) -> Result<Asking, NetworkError> {
+        let (mut connection, handle, _) = self
+            .netns
+            .enter(&self.home, rtnetlink::new_connection)
             .and_then(|result| result)
             .map_err(NetworkError::Enter)?;
         let entry = Entry::new(connection.socket_mut().socket_ref(), 0, Kind::Netlink);
@@ -97,13 +160,7 @@ impl Network {
             let _entry = entry;
             connection.await;
         });
-        let changes = Changes(Box::pin(messages.map(|_| ())));
-        let network = Self {
-            handle,
-            lists: Mutex::default(),
-            task,
-        };
-        Ok((network, changes))
+        Ok(Asking { handle, task })
     }
 
     /// All interfaces but the loopback.
@@ -112,8 +169,8 @@ impl Network {
             what: "list the interfaces",
             source,
         };
-        let _turn = self.lists.lock().await;
-        let mut links = self.handle.link().get().execute();
+        let asking = self.ask()?;
+        let mut links = asking.link().get().execute();
         let mut interfaces = Vec::new();
         while let Some(link) = links.try_next().await.map_err(error)? {
             if link.header.index == LOOPBACK {
@@ -155,8 +212,8 @@ impl Network {
             what: "list the addresses",
             source,
         };
-        let _turn = self.lists.lock().await;
-        let mut messages = self.handle.address().get().execute();
+        let asking = self.ask()?;
+        let mut messages = asking.address().get().execute();
         let mut addresses = Vec::new();
         while let Some(message) = messages.try_next().await.map_err(error)? {
             if message.header.flags.contains(AddressHeaderFlags::Tentative) {
@@ -187,7 +244,7 @@ impl Network {
     /// Sets an interface down. One that is gone meanwhile is no error.
     pub async fn set_down(&self, interface: &Interface) -> Result<(), NetworkError> {
         let message = LinkUnspec::new_with_index(interface.index).down().build();
-        match self.handle.link().set(message).execute().await {
+        match self.ask()?.link().set(message).execute().await {
             Err(Error::NetlinkError(message)) if message.raw_code() == -libc::ENODEV => Ok(()),
             other => other.map_err(|source| NetworkError::Netlink {
                 what: "set an interface down",

@@ -13,7 +13,7 @@ use super::{
 #[derive(Debug)]
 pub struct Pod {
     pub id: u32,
-    pub netns: Netns,
+    pub netns: Arc<Netns>,
     pub home: Arc<Netns>,
     pub listener_ports: ListenerPorts,
     pub dial_ports: DialPorts,

@@ -61,7 +61,7 @@ impl Network {
             .scope(RouteScope::Host)
             .kind(RouteType::Local)
             .build();
-        let added = self.handle.route().add(route).replace().execute().await;
+        let added = self.ask()?.route().add(route).replace().execute().await;
         ignore_without_ipv6(added.map_err(|source| NetworkError::Netlink {
             what: "add the link-local route",
             source,
@@ -84,7 +84,7 @@ impl Network {
                 conf,
             ])]))
             .build();
-        let set = self.handle.link().set(message).execute().await;
+        let set = self.ask()?.link().set(message).execute().await;
         set.map_err(|source| NetworkError::Netlink {
             what: "set up the loopback",
             source,
@@ -92,8 +92,8 @@ impl Network {
     }
 
     async fn rule_and_route(&self, family: AddressFamily) -> Result<(), NetworkError> {
-        let rule = self
-            .handle
+        let asking = self.ask()?;
+        let rule = asking
             .rule()
             .add()
             .fw_mark(STEER_MARK)
@@ -127,7 +127,7 @@ impl Network {
             .scope(RouteScope::Host)
             .kind(RouteType::Local)
             .build();
-        self.handle
+        asking
             .route()
             .add(route)
             .replace()
@@ -143,16 +143,19 @@ impl Network {
     /// `accept_local` the value that it had before. As much as can be: a pod that ends meanwhile
     /// takes it along.
     pub async fn unroute_steered(&self, accept_local: bool) {
+        let Ok(asking) = self.ask() else {
+            return;
+        };
         for version in [IpVersion::V4, IpVersion::V6] {
             for rule in self
                 .steering_rules(version.clone())
                 .await
                 .unwrap_or_default()
             {
-                let _ = self.handle.rule().del(rule).execute().await;
+                let _ = asking.rule().del(rule).execute().await;
             }
             for route in self.steering_routes(version).await {
-                let _ = self.handle.route().del(route).execute().await;
+                let _ = asking.route().del(route).execute().await;
             }
         }
         if let Err(error) = self.set_loopback(accept_local).await {
@@ -166,9 +169,11 @@ impl Network {
             IpVersion::V4 => RouteMessageBuilder::<Ipv4Addr>::new().build(),
             IpVersion::V6 => RouteMessageBuilder::<Ipv6Addr>::new().build(),
         };
-        let _turn = self.lists.lock().await;
-        let mut routes = self.handle.route().get(question).execute();
         let mut found = Vec::new();
+        let Ok(asking) = self.ask() else {
+            return found;
+        };
+        let mut routes = asking.route().get(question).execute();
         while let Ok(Some(route)) = routes.try_next().await {
             if table(&route) == STEER_TABLE {
                 found.push(route);
@@ -230,8 +235,8 @@ impl Network {
     }
 
     async fn steering_rules(&self, family: IpVersion) -> Result<Vec<RuleMessage>, NetworkError> {
-        let _turn = self.lists.lock().await;
-        let rules = self.handle.rule().get(family).execute();
+        let asking = self.ask()?;
+        let rules = asking.rule().get(family).execute();
         let steering = rules.try_filter(|rule| std::future::ready(is_steering_rule(rule)));
         let error = |source| NetworkError::Netlink {
             what: "list the rules",
@@ -241,7 +246,8 @@ impl Network {
     }
 
     async fn loopback_is_up(&self) -> Result<bool, NetworkError> {
-        let mut links = self.handle.link().get().match_index(LOOPBACK).execute();
+        let asking = self.ask()?;
+        let mut links = asking.link().get().match_index(LOOPBACK).execute();
         let link = links.try_next().await;
         let link = link.map_err(|source| NetworkError::Netlink {
             what: "look at the loopback",
@@ -252,12 +258,12 @@ impl Network {
 
     /// The program of the agent's filter at a hook of an interface.
     pub async fn filter(&self, index: u32, hook: Hook) -> Option<u32> {
-        let filters = self.handle.traffic_filter(i32::try_from(index).ok()?).get();
+        let asking = self.ask().ok()?;
+        let filters = asking.traffic_filter(i32::try_from(index).ok()?).get();
         let filters = match hook.attach_type() {
             TcAttachType::Egress => filters.egress(),
             _ => filters.ingress(),
         };
-        let _turn = self.lists.lock().await;
         let mut filters = filters.execute();
         let mut program = None;
         while let Ok(Some(filter)) = filters.try_next().await {
@@ -279,20 +285,19 @@ impl Network {
     /// Removes the clsact qdisc of an interface, unless somebody's filters are on it. Whether it
     /// is gone.
     pub async fn remove_qdisc(&self, index: u32) -> bool {
-        let Ok(index) = i32::try_from(index) else {
+        let (Ok(index), Ok(asking)) = (i32::try_from(index), self.ask()) else {
             return false;
         };
         for question in [
-            self.handle.traffic_filter(index).get().ingress(),
-            self.handle.traffic_filter(index).get().egress(),
+            asking.traffic_filter(index).get().ingress(),
+            asking.traffic_filter(index).get().egress(),
         ] {
-            let _turn = self.lists.lock().await;
             let filters: Result<Vec<_>, _> = question.execute().try_collect().await;
             if !filters.is_ok_and(|filters| filters.is_empty()) {
                 return false;
             }
         }
-        let mut request = self.handle.qdisc().del(index);
+        let mut request = asking.qdisc().del(index);
         request.message_mut().header.parent = TcHandle::CLSACT;
         request.execute().await.is_ok()
     }

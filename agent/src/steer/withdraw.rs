@@ -4,7 +4,7 @@
 //! Links, pins, rules and map entries belong to the pod, not to an agent: they go when the pod
 //! leaves the mesh or is gone, whoever made them.
 
-use std::{collections::HashSet, path::Path};
+use std::{collections::HashSet, path::Path, sync::Arc};
 
 use super::{
     Books, Steering, attach,
@@ -79,9 +79,9 @@ impl Steering {
             record::remove(folder);
             return;
         };
-        if let Some(netns) = reopen(&record)
-            && let Ok((network, _)) = Network::open(&netns, &self.home)
-        {
+        if let Some(netns) = reopen(&record) {
+            let netns = Arc::new(netns);
+            let network = Network::of(&netns, &self.home);
             restore(folder, &record, &netns, &self.home, &network).await;
         }
         self.attacher.release(folder);

@@ -20,7 +20,7 @@ use std::{
 };
 
 use futures_util::task::AtomicWaker;
-use tokio::task::{AbortHandle, LocalSet};
+use tokio::task::{AbortHandle, LocalSet, yield_now};
 
 /// How long pods take turns before the worker looks for what its sockets have.
 const ROUND: Duration = Duration::from_micros(500);
@@ -136,14 +136,19 @@ impl Turns {
         let mut ready = Vec::new();
         // What the pod had used that was last seen to have used the least.
         let mut least = Duration::ZERO;
-        poll_fn(|cx| {
-            self.woken.driver.register(cx.waker());
-            if self.round(&mut ready, &mut least) {
-                cx.waker().wake_by_ref();
-            }
-            Poll::<()>::Pending
-        })
-        .await;
+        loop {
+            poll_fn(|cx| {
+                self.woken.driver.register(cx.waker());
+                if self.round(&mut ready, &mut least) {
+                    Poll::Ready(())
+                } else {
+                    Poll::Pending
+                }
+            })
+            .await;
+            // Comes back when the sockets were looked at, and not before.
+            yield_now().await;
+        }
     }
 
     /// One round. Whether some pod has more to do.
@@ -196,10 +201,7 @@ impl Member {
 
 #[cfg(test)]
 mod tests {
-    use tokio::{
-        runtime::{Builder, LocalOptions},
-        task::yield_now,
-    };
+    use tokio::runtime::{Builder, LocalOptions};
 
     use super::*;
 

@@ -397,7 +397,7 @@ fn transparent_socket(destination: SocketAddr) -> io::Result<Socket> {
     };
     set_option(&socket, level, option, 1)?;
     socket.set_reuse_address(true)?;
-    over_loopback(SockRef::from(&socket));
+    over_loopback(&SockRef::from(&socket));
     Ok(socket)
 }
 

@@ -18,7 +18,8 @@ use crate::model::PortRange;
 #[derive(Debug)]
 pub struct DialPorts {
     range: PortRange,
-    ports: Vec<u16>,
+    /// Ports of the range that something else has, in order.
+    taken: Vec<u16>,
     next: AtomicU32,
     /// Ports that haven't been used yet.
     first_round: AtomicU32,
@@ -30,18 +31,24 @@ pub struct DialPorts {
 impl DialPorts {
     /// The ports of `range` but those in `taken`. To be made in the pod's netns.
     pub fn new(range: PortRange, taken: impl Fn(u16) -> bool) -> io::Result<Self> {
-        let ports: Vec<u16> = (range.first..=range.last)
-            .filter(|port| !taken(*port))
-            .collect();
-        let first_round = u32::try_from(ports.len()).unwrap_or(0);
-        Ok(Self {
+        let taken = (range.first..=range.last).filter(|port| taken(*port));
+        let new = Self {
             range,
-            ports,
+            taken: taken.collect(),
             next: AtomicU32::new(fastrand::u32(..)),
-            first_round: AtomicU32::new(first_round),
+            first_round: AtomicU32::new(0),
             overlaps: AtomicBool::new(false),
             diag: SocketDiag::open()?,
-        })
+        };
+        new.first_round.store(new.free(), Ordering::Relaxed);
+        Ok(new)
+    }
+
+    /// How many ports it has.
+    fn free(&self) -> u32 {
+        let all = u32::from(self.range.last) + 1 - u32::from(self.range.first);
+        // No more than all of the range.
+        all - u32::try_from(self.taken.len()).unwrap_or(all)
     }
 
     /// Tells that a client connects to this pod with a source port of its own choice.
@@ -58,8 +65,15 @@ impl DialPorts {
 
     /// The next port. None when the range is empty.
     pub(super) fn next(&self) -> Option<u16> {
-        let turn = self.next.fetch_add(1, Ordering::Relaxed) as usize;
-        self.ports.get(turn.checked_rem(self.ports.len())?).copied()
+        let turn = self.next.fetch_add(1, Ordering::Relaxed);
+        let mut port = u32::from(self.range.first) + turn.checked_rem(self.free())?;
+        for taken in &self.taken {
+            if u32::from(*taken) > port {
+                break;
+            }
+            port += 1;
+        }
+        u16::try_from(port).ok()
     }
 
     /// Whether a connection at the app's end is in the way of this tuple, which has been announced
@@ -85,5 +99,26 @@ impl DialPorts {
     /// What at the app's end has this tuple.
     pub(super) fn holder(&self, source: SocketAddr, app: SocketAddr) -> Held {
         self.diag.find(app, source)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_free_port_comes_once_a_round() {
+        let range = PortRange {
+            first: 10,
+            last: 20,
+        };
+        let ports = DialPorts::new(range, |port| [10, 13, 14, 20].contains(&port)).unwrap();
+        for _ in 0..3 {
+            let mut round: Vec<u16> = (0..7).map(|_| ports.next().unwrap()).collect();
+            round.sort_unstable();
+            assert_eq!(round, [11, 12, 15, 16, 17, 18, 19]);
+        }
+        let none = DialPorts::new(range, |_| true).unwrap();
+        assert_eq!(none.next(), None);
     }
 }

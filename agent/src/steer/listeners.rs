@@ -150,7 +150,7 @@ pub fn bind_to(workers: u16, ports: ListenerPorts) -> io::Result<Vec<PodListener
         Ok(PodListeners {
             outbound: {
                 let listener = listener(ports.outbound)?;
-                over_loopback(SockRef::from(&*listener));
+                over_loopback(&SockRef::from(&*listener));
                 listener
             },
             inbound: listener(ports.inbound)?,
@@ -208,7 +208,7 @@ pub fn relay_options(socket: &Socket) -> io::Result<()> {
 /// What a leg between an app and the agent has, which is inherited too: the plainest congestion control.
 /// There is no path to find out about, and BBR, where it is the node's choice, would pace what is sent
 /// by a timer.
-pub fn over_loopback(socket: SockRef<'_>) {
+pub fn over_loopback(socket: &SockRef<'_>) {
     // Every kernel has it (`TCP_CONG_RENO` of net/ipv4/tcp_cong.c); without it the leg works as well.
     let _ = socket.set_tcp_congestion(b"reno");
 }

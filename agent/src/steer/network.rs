@@ -113,8 +113,10 @@ impl Changes {
         let groups = Self::GROUPS.map(|group| 1 << (group as u32 - 1));
         let groups = groups.into_iter().fold(0, |all, group| all | group);
         socket.socket_mut().bind(&SocketAddr::new(0, groups))?;
-        let _entry = Entry::new(socket.socket_ref(), 0, Kind::Netlink);
-        Ok(Self { _entry, socket })
+        Ok(Self {
+            _entry: Entry::new(socket.socket_ref(), 0, Kind::Netlink),
+            socket,
+        })
     }
 
     /// Waits for the next change. None when the socket broke.

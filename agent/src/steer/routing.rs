@@ -20,7 +20,7 @@ use rtnetlink::{
     },
 };
 
-use super::network::{Interface, LOOPBACK, Network, NetworkError};
+use super::network::{Asking, Interface, LOOPBACK, Network, NetworkError};
 use super::{
     attach::{self, Hook},
     audit::Kind,
@@ -43,9 +43,10 @@ impl Network {
     /// Brings steered packets to the local stack: a rule and a route of each family, and
     /// `accept_local` on the loopback, since their source is an address of this netns.
     pub async fn route_steered(&self) -> Result<(), NetworkError> {
-        self.set_loopback(true).await?;
-        self.rule_and_route(AddressFamily::Inet).await?;
-        ignore_without_ipv6(self.rule_and_route(AddressFamily::Inet6).await)
+        let asking = self.ask()?;
+        set_loopback(&asking, true).await?;
+        rule_and_route(&asking, AddressFamily::Inet).await?;
+        ignore_without_ipv6(rule_and_route(&asking, AddressFamily::Inet6).await)
     }
 
     /// Delivers steered packets to link-local addresses, which the kernel takes only on their own
@@ -68,77 +69,6 @@ impl Network {
         }))
     }
 
-    /// Sets the loopback up, and its `accept_local`.
-    async fn set_loopback(&self, accept_local: bool) -> Result<(), NetworkError> {
-        // One value of the interface's IPv4 configuration, nested twice.
-        let value = DefaultNla::new(
-            IPV4_DEVCONF_ACCEPT_LOCAL,
-            u32::from(accept_local).to_ne_bytes().into(),
-        );
-        let mut nested = vec![0; value.buffer_len()];
-        value.emit(&mut nested);
-        let conf = AfSpecInet::Other(DefaultNla::new(IFLA_INET_CONF | NLA_F_NESTED, nested));
-        let message = LinkUnspec::new_with_index(LOOPBACK)
-            .up()
-            .append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet(vec![
-                conf,
-            ])]))
-            .build();
-        let set = self.ask()?.link().set(message).execute().await;
-        set.map_err(|source| NetworkError::Netlink {
-            what: "set up the loopback",
-            source,
-        })
-    }
-
-    async fn rule_and_route(&self, family: AddressFamily) -> Result<(), NetworkError> {
-        let asking = self.ask()?;
-        let rule = asking
-            .rule()
-            .add()
-            .fw_mark(STEER_MARK)
-            .priority(RULE_PRIORITY)
-            .table_id(STEER_TABLE)
-            .action(RuleAction::ToTable);
-        let added = match family {
-            AddressFamily::Inet => rule.v4().execute().await,
-            _ => rule.v6().execute().await,
-        };
-        match added {
-            Err(Error::NetlinkError(message)) if message.raw_code() == -libc::EEXIST => {}
-            other => other.map_err(|source| NetworkError::Netlink {
-                what: "add the rule",
-                source,
-            })?,
-        }
-        let unspecified = match family {
-            AddressFamily::Inet => IpAddr::from([0; 4]),
-            _ => IpAddr::from([0; 16]),
-        };
-        let route = RouteMessageBuilder::<IpAddr>::new()
-            .destination_prefix(unspecified, 0)
-            .map_err(|_| NetworkError::Netlink {
-                what: "add the route",
-                source: Error::RequestFailed,
-            })?
-            .output_interface(LOOPBACK)
-            .table_id(STEER_TABLE)
-            .protocol(RouteProtocol::Static)
-            .scope(RouteScope::Host)
-            .kind(RouteType::Local)
-            .build();
-        asking
-            .route()
-            .add(route)
-            .replace()
-            .execute()
-            .await
-            .map_err(|source| NetworkError::Netlink {
-                what: "add the route",
-                source,
-            })
-    }
-
     /// Takes away what [`Self::route_steered`] and [`Self::route_link_local`] made, and gives
     /// `accept_local` the value that it had before. As much as can be: a pod that ends meanwhile
     /// takes it along.
@@ -147,39 +77,17 @@ impl Network {
             return;
         };
         for version in [IpVersion::V4, IpVersion::V6] {
-            for rule in self
-                .steering_rules(version.clone())
-                .await
-                .unwrap_or_default()
-            {
+            let rules = steering_rules(&asking, version.clone()).await;
+            for rule in rules.unwrap_or_default() {
                 let _ = asking.rule().del(rule).execute().await;
             }
-            for route in self.steering_routes(version).await {
+            for route in steering_routes(&asking, version).await {
                 let _ = asking.route().del(route).execute().await;
             }
         }
-        if let Err(error) = self.set_loopback(accept_local).await {
+        if let Err(error) = set_loopback(&asking, accept_local).await {
             tracing::debug!(%error, "the loopback of a withdrawn pod stays as it is");
         }
-    }
-
-    /// The routes of the steering table.
-    async fn steering_routes(&self, version: IpVersion) -> Vec<RouteMessage> {
-        let question = match version {
-            IpVersion::V4 => RouteMessageBuilder::<Ipv4Addr>::new().build(),
-            IpVersion::V6 => RouteMessageBuilder::<Ipv6Addr>::new().build(),
-        };
-        let mut found = Vec::new();
-        let Ok(asking) = self.ask() else {
-            return found;
-        };
-        let mut routes = asking.route().get(question).execute();
-        while let Ok(Some(route)) = routes.try_next().await {
-            if table(&route) == STEER_TABLE {
-                found.push(route);
-            }
-        }
-        found
     }
 
     /// What is missing of what brings steered packets to the local stack, IPv6's where `has_v6`.
@@ -189,8 +97,9 @@ impl Network {
         has_v6: bool,
         link_locals: &[u32],
     ) -> Result<Vec<(Kind, String)>, NetworkError> {
+        let asking = self.ask()?;
         let mut faults = Vec::new();
-        if !self.loopback_is_up().await? {
+        if !loopback_is_up(&asking).await? {
             faults.push((Kind::Loopback, "the loopback was down".to_owned()));
         }
         let families: &[_] = if has_v6 {
@@ -204,11 +113,11 @@ impl Network {
                 IpVersion::V6 => "IPv6",
             };
             let first = RuleAttribute::Priority(RULE_PRIORITY);
-            let rules = self.steering_rules(family.clone()).await?;
+            let rules = steering_rules(&asking, family.clone()).await?;
             if !rules.iter().any(|rule| rule.attributes.contains(&first)) {
                 faults.push((Kind::Rule, format!("the rule of {name} was gone")));
             }
-            let routes = self.steering_routes(family.clone()).await;
+            let routes = steering_routes(&asking, family.clone()).await;
             let to_loopback = |route: &RouteMessage| {
                 route.header.destination_prefix_length == 0
                     && route.header.kind == RouteType::Local
@@ -232,28 +141,6 @@ impl Network {
             }
         }
         Ok(faults)
-    }
-
-    async fn steering_rules(&self, family: IpVersion) -> Result<Vec<RuleMessage>, NetworkError> {
-        let asking = self.ask()?;
-        let rules = asking.rule().get(family).execute();
-        let steering = rules.try_filter(|rule| std::future::ready(is_steering_rule(rule)));
-        let error = |source| NetworkError::Netlink {
-            what: "list the rules",
-            source,
-        };
-        steering.try_collect().await.map_err(error)
-    }
-
-    async fn loopback_is_up(&self) -> Result<bool, NetworkError> {
-        let asking = self.ask()?;
-        let mut links = asking.link().get().match_index(LOOPBACK).execute();
-        let link = links.try_next().await;
-        let link = link.map_err(|source| NetworkError::Netlink {
-            what: "look at the loopback",
-            source,
-        })?;
-        Ok(link.is_some_and(|link| link.header.flags.contains(LinkFlags::Up)))
     }
 
     /// The program of the agent's filter at a hook of an interface.
@@ -301,6 +188,115 @@ impl Network {
         request.message_mut().header.parent = TcHandle::CLSACT;
         request.execute().await.is_ok()
     }
+}
+
+/// Sets the loopback up, and its `accept_local`.
+async fn set_loopback(asking: &Asking, accept_local: bool) -> Result<(), NetworkError> {
+    // One value of the interface's IPv4 configuration, nested twice.
+    let value = DefaultNla::new(
+        IPV4_DEVCONF_ACCEPT_LOCAL,
+        u32::from(accept_local).to_ne_bytes().into(),
+    );
+    let mut nested = vec![0; value.buffer_len()];
+    value.emit(&mut nested);
+    let conf = AfSpecInet::Other(DefaultNla::new(IFLA_INET_CONF | NLA_F_NESTED, nested));
+    let message = LinkUnspec::new_with_index(LOOPBACK)
+        .up()
+        .append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet(vec![
+            conf,
+        ])]))
+        .build();
+    let set = asking.link().set(message).execute().await;
+    set.map_err(|source| NetworkError::Netlink {
+        what: "set up the loopback",
+        source,
+    })
+}
+
+async fn rule_and_route(asking: &Asking, family: AddressFamily) -> Result<(), NetworkError> {
+    let rule = asking
+        .rule()
+        .add()
+        .fw_mark(STEER_MARK)
+        .priority(RULE_PRIORITY)
+        .table_id(STEER_TABLE)
+        .action(RuleAction::ToTable);
+    let added = match family {
+        AddressFamily::Inet => rule.v4().execute().await,
+        _ => rule.v6().execute().await,
+    };
+    match added {
+        Err(Error::NetlinkError(message)) if message.raw_code() == -libc::EEXIST => {}
+        other => other.map_err(|source| NetworkError::Netlink {
+            what: "add the rule",
+            source,
+        })?,
+    }
+    let unspecified = match family {
+        AddressFamily::Inet => IpAddr::from([0; 4]),
+        _ => IpAddr::from([0; 16]),
+    };
+    let route = RouteMessageBuilder::<IpAddr>::new()
+        .destination_prefix(unspecified, 0)
+        .map_err(|_| NetworkError::Netlink {
+            what: "add the route",
+            source: Error::RequestFailed,
+        })?
+        .output_interface(LOOPBACK)
+        .table_id(STEER_TABLE)
+        .protocol(RouteProtocol::Static)
+        .scope(RouteScope::Host)
+        .kind(RouteType::Local)
+        .build();
+    asking
+        .route()
+        .add(route)
+        .replace()
+        .execute()
+        .await
+        .map_err(|source| NetworkError::Netlink {
+            what: "add the route",
+            source,
+        })
+}
+
+/// The routes of the steering table.
+async fn steering_routes(asking: &Asking, version: IpVersion) -> Vec<RouteMessage> {
+    let question = match version {
+        IpVersion::V4 => RouteMessageBuilder::<Ipv4Addr>::new().build(),
+        IpVersion::V6 => RouteMessageBuilder::<Ipv6Addr>::new().build(),
+    };
+    let mut found = Vec::new();
+    let mut routes = asking.route().get(question).execute();
+    while let Ok(Some(route)) = routes.try_next().await {
+        if table(&route) == STEER_TABLE {
+            found.push(route);
+        }
+    }
+    found
+}
+
+async fn steering_rules(
+    asking: &Asking,
+    family: IpVersion,
+) -> Result<Vec<RuleMessage>, NetworkError> {
+    let rules = asking.rule().get(family).execute();
+    let steering = rules.try_filter(|rule| std::future::ready(is_steering_rule(rule)));
+    let error = |source| NetworkError::Netlink {
+        what: "list the rules",
+        source,
+    };
+    steering.try_collect().await.map_err(error)
+}
+
+async fn loopback_is_up(asking: &Asking) -> Result<bool, NetworkError> {
+    let mut links = asking.link().get().match_index(LOOPBACK).execute();
+    let link = links.try_next().await;
+    let link = link.map_err(|source| NetworkError::Netlink {
+        what: "look at the loopback",
+        source,
+    })?;
+    Ok(link.is_some_and(|link| link.header.flags.contains(LinkFlags::Up)))
 }
 
 fn is_steering_rule(rule: &RuleMessage) -> bool {

@@ -14,11 +14,10 @@ use crate::model::Workload;
 
 /// What stands before a frame's payload (RFC 9113 §4.1).
 pub(super) const FRAME_HEAD: usize = 9;
-/// What a stream may be sent before its reader has read: four of the largest chunks, since what is left
-/// of a window would be a frame of its own. HTTP/2 says that there is room again when half of it is used:
-/// with two chunks after each of them, with four after every other.
+/// What a stream may be sent before its reader has read: two of the largest chunks, since what is left
+/// of a window would be a frame of its own.
 #[expect(clippy::cast_possible_truncation)]
-pub(super) const STREAM_WINDOW: u32 = 4 * MAX_CHUNK as u32;
+pub(super) const STREAM_WINDOW: u32 = 2 * MAX_CHUNK as u32;
 /// Many times a stream's, so that streams that nobody reads don't stop the others.
 pub(super) const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 pub(super) const MAX_FRAME: u32 = 1024 * 1024;

@@ -126,8 +126,8 @@ async fn clean_pod(workload: WorkloadId, folder: &Path, home: &Arc<Netns>) -> Op
     if let Some(found) = found {
         let found = Arc::new(found);
         let network = Network::of(&found, home);
-        withdraw::restore(folder, &record, &found, home, &network).await;
-        return Some(Cleaned::Pod { workload, netns });
+        let restored = withdraw::restore(folder, &record, &found, home, &network).await;
+        return restored.then_some(Cleaned::Pod { workload, netns });
     }
     attach::detach_links(folder);
     record::remove(folder);

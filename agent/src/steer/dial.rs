@@ -179,8 +179,8 @@ impl Opening {
     }
 
     /// The stream, where it is open already: over the loopback, where the app's kernel has answered
-    /// before `connect` returned. No timer is set for it, and no wake-up waited for.
-    fn at_once(self) -> io::Result<Result<Accounted<TcpStream>, Self>> {
+    /// before `connect` returned. No timer is set for it.
+    fn if_open(self) -> io::Result<Result<Accounted<TcpStream>, Self>> {
         // A connection that isn't open has no peer (`getpeername`).
         if self.socket.peer_addr().is_err() {
             return Ok(Err(self));
@@ -286,7 +286,11 @@ async fn from_own_address(
     let socket = pod.netns.enter(&pod.home, || new_socket(destination))??;
     let socket = Accounted::new(socket, pod.id, Kind::Connecting);
     pod.dial_tag.put_on(&socket);
-    let stream = Opening::of(socket, destination)?.open(limit).await?;
+    over_loopback(&SockRef::from(&*socket));
+    let stream = match Opening::of(socket, destination)?.if_open()? {
+        Ok(stream) => stream,
+        Err(opening) => opening.open(limit).await?,
+    };
     Ok(Dialled {
         stream,
         source_replaced: true,
@@ -327,7 +331,7 @@ async fn attempt(
         Err(error) => return Err(error.into()),
     };
     // Rare, and large.
-    let mut connecting = match opening.at_once()? {
+    let mut connecting = match opening.if_open()? {
         Ok(stream) => return Ok(Attempt::Open(stream)),
         Err(opening) => Box::pin(opening.open(limit)),
     };

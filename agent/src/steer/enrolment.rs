@@ -308,7 +308,8 @@ impl Enrolment {
         let _attaching = inner.attaching.lock().await;
         let pod = &inner.pod;
         inner.attacher.release(&inner.pins);
-        withdraw::restore(
+        // Where it isn't done, the pod stays closed, and the next agent does it from its record.
+        let _ = withdraw::restore(
             &inner.pins,
             &inner.record,
             &pod.netns,

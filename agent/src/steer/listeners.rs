@@ -209,7 +209,7 @@ pub fn relay_options(socket: &Socket) -> io::Result<()> {
 /// There is no path to find out about, and BBR, where it is the node's choice, would pace what is sent
 /// by a timer.
 pub fn over_loopback(socket: &SockRef<'_>) {
-    // Every kernel has it (`TCP_CONG_RENO` of net/ipv4/tcp_cong.c); without it the leg works as well.
+    // Every kernel has it (net/ipv4/tcp_cong.c); without it the leg works as well.
     let _ = socket.set_tcp_congestion(b"reno");
 }
 

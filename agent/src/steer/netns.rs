@@ -119,7 +119,8 @@ impl Netns {
         impl Drop for Return<'_> {
             fn drop(&mut self) {
                 if let Err(error) = setns(self.0, CloneFlags::CLONE_NEWNET) {
-                    tracing::error!(%error, "a thread can't leave a pod's network namespace");
+                    // The log's thread wouldn't come to it any more.
+                    eprintln!("malla: a thread can't leave a pod's network namespace: {error}");
                     std::process::abort();
                 }
             }

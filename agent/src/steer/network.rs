@@ -46,8 +46,8 @@ pub struct Interface {
     pub ethernet: Option<bool>,
 }
 
-/// What is asked of a netns, each time over a socket of its own: one takes 72 KiB for what it may
-/// read, and a netns is asked now and then.
+/// What is asked of a netns, each time over a socket of its own: one keeps 64 KiB to read into and 8 to
+/// write from, and a netns is asked now and then.
 #[derive(Debug)]
 pub struct Network {
     netns: Arc<Netns>,
@@ -65,6 +65,49 @@ impl Deref for Asking {
 
     fn deref(&self) -> &Handle {
         &self.handle
+    }
+}
+
+impl Asking {
+    /// All interfaces but the loopback.
+    async fn interfaces(&self) -> Result<Vec<Interface>, NetworkError> {
+        let error = |source| NetworkError::Netlink {
+            what: "list the interfaces",
+            source,
+        };
+        let mut links = self.link().get().execute();
+        let mut interfaces = Vec::new();
+        while let Some(link) = links.try_next().await.map_err(error)? {
+            if link.header.index == LOOPBACK {
+                continue;
+            }
+            let name = link
+                .attributes
+                .iter()
+                .find_map(|attribute| match attribute {
+                    LinkAttribute::IfName(name) => Some(name.clone()),
+                    _ => None,
+                });
+            interfaces.push(Interface {
+                index: link.header.index,
+                name: name.unwrap_or_default(),
+                up: link.header.flags.contains(LinkFlags::Up),
+                ethernet: match link.header.link_layer_type {
+                    LinkLayerType::Ether => Some(true),
+                    LinkLayerType::None | LinkLayerType::Rawip | LinkLayerType::Ppp => Some(false),
+                    _ => None,
+                },
+            });
+        }
+        Ok(interfaces)
+    }
+
+    /// The names of all interfaces by index, the loopback's too.
+    pub(super) async fn names(&self) -> Result<HashMap<u32, String>, NetworkError> {
+        let interfaces = self.interfaces().await?.into_iter();
+        let mut names: HashMap<_, _> = interfaces.map(|i| (i.index, i.name)).collect();
+        names.insert(LOOPBACK, "lo".to_owned());
+        Ok(names)
     }
 }
 
@@ -121,7 +164,10 @@ impl Changes {
 
     /// Waits for the next change. None when the socket broke.
     pub async fn next(&mut self) -> Option<()> {
-        poll_fn(|cx| self.poll_change(cx)).await.ok()?;
+        if let Err(error) = poll_fn(|cx| self.poll_change(cx)).await {
+            tracing::warn!(%error, "a pod's network isn't watched any more, only audited");
+            return None;
+        }
         // What is queued already is one change.
         poll_fn(|cx| {
             while let Poll::Ready(Ok(())) = self.poll_change(cx) {}
@@ -167,44 +213,7 @@ impl Network {
 
     /// All interfaces but the loopback.
     pub async fn interfaces(&self) -> Result<Vec<Interface>, NetworkError> {
-        let error = |source| NetworkError::Netlink {
-            what: "list the interfaces",
-            source,
-        };
-        let asking = self.ask()?;
-        let mut links = asking.link().get().execute();
-        let mut interfaces = Vec::new();
-        while let Some(link) = links.try_next().await.map_err(error)? {
-            if link.header.index == LOOPBACK {
-                continue;
-            }
-            let name = link
-                .attributes
-                .iter()
-                .find_map(|attribute| match attribute {
-                    LinkAttribute::IfName(name) => Some(name.clone()),
-                    _ => None,
-                });
-            interfaces.push(Interface {
-                index: link.header.index,
-                name: name.unwrap_or_default(),
-                up: link.header.flags.contains(LinkFlags::Up),
-                ethernet: match link.header.link_layer_type {
-                    LinkLayerType::Ether => Some(true),
-                    LinkLayerType::None | LinkLayerType::Rawip | LinkLayerType::Ppp => Some(false),
-                    _ => None,
-                },
-            });
-        }
-        Ok(interfaces)
-    }
-
-    /// The names of all interfaces by index, the loopback's too.
-    pub async fn names(&self) -> Result<HashMap<u32, String>, NetworkError> {
-        let interfaces = self.interfaces().await?.into_iter();
-        let mut names: HashMap<_, _> = interfaces.map(|i| (i.index, i.name)).collect();
-        names.insert(LOOPBACK, "lo".to_owned());
-        Ok(names)
+        self.ask()?.interfaces().await
     }
 
     /// Every address of the netns but loopback ones, link-local too, those that are still

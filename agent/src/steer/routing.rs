@@ -69,27 +69,6 @@ impl Network {
         }))
     }
 
-    /// Takes away what [`Self::route_steered`] and [`Self::route_link_local`] made, and gives
-    /// `accept_local` the value that it had before. As much as can be: a pod that ends meanwhile
-    /// takes it along.
-    pub async fn unroute_steered(&self, accept_local: bool) {
-        let Ok(asking) = self.ask() else {
-            return;
-        };
-        for version in [IpVersion::V4, IpVersion::V6] {
-            let rules = steering_rules(&asking, version.clone()).await;
-            for rule in rules.unwrap_or_default() {
-                let _ = asking.rule().del(rule).execute().await;
-            }
-            for route in steering_routes(&asking, version).await {
-                let _ = asking.route().del(route).execute().await;
-            }
-        }
-        if let Err(error) = set_loopback(&asking, accept_local).await {
-            tracing::debug!(%error, "the loopback of a withdrawn pod stays as it is");
-        }
-    }
-
     /// What is missing of what brings steered packets to the local stack, IPv6's where `has_v6`.
     /// `link_locals` are the interfaces that link-local addresses are routed for.
     pub async fn routing_faults(
@@ -168,23 +147,43 @@ impl Network {
         }
         program
     }
+}
+
+impl Asking {
+    /// Takes away what [`Network::route_steered`] and [`Network::route_link_local`] made, and gives
+    /// `accept_local` the value that it had before. As much as can be: a pod that ends meanwhile
+    /// takes it along.
+    pub(super) async fn unroute_steered(&self, accept_local: bool) {
+        for version in [IpVersion::V4, IpVersion::V6] {
+            let rules = steering_rules(self, version.clone()).await;
+            for rule in rules.unwrap_or_default() {
+                let _ = self.rule().del(rule).execute().await;
+            }
+            for route in steering_routes(self, version).await {
+                let _ = self.route().del(route).execute().await;
+            }
+        }
+        if let Err(error) = set_loopback(self, accept_local).await {
+            tracing::debug!(%error, "the loopback of a withdrawn pod stays as it is");
+        }
+    }
 
     /// Removes the clsact qdisc of an interface, unless somebody's filters are on it. Whether it
     /// is gone.
-    pub async fn remove_qdisc(&self, index: u32) -> bool {
-        let (Ok(index), Ok(asking)) = (i32::try_from(index), self.ask()) else {
+    pub(super) async fn remove_qdisc(&self, index: u32) -> bool {
+        let Ok(index) = i32::try_from(index) else {
             return false;
         };
         for question in [
-            asking.traffic_filter(index).get().ingress(),
-            asking.traffic_filter(index).get().egress(),
+            self.traffic_filter(index).get().ingress(),
+            self.traffic_filter(index).get().egress(),
         ] {
             let filters: Result<Vec<_>, _> = question.execute().try_collect().await;
             if !filters.is_ok_and(|filters| filters.is_empty()) {
                 return false;
             }
         }
-        let mut request = asking.qdisc().del(index);
+        let mut request = self.qdisc().del(index);
         request.message_mut().header.parent = TcHandle::CLSACT;
         request.execute().await.is_ok()
     }

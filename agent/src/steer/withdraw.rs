@@ -82,7 +82,9 @@ impl Steering {
         if let Some(netns) = reopen(&record) {
             let netns = Arc::new(netns);
             let network = Network::of(&netns, &self.home);
-            restore(folder, &record, &netns, &self.home, &network).await;
+            if !restore(folder, &record, &netns, &self.home, &network).await {
+                return;
+            }
         }
         self.attacher.release(folder);
         record::remove(folder);
@@ -104,22 +106,32 @@ impl Steering {
     }
 }
 
-/// Detaches all programs of a netns, then takes away what brought steered packets to its stack.
+/// Detaches all programs of a netns, then takes away what brought steered packets to its stack. Where
+/// the netns can't be asked at all, everything stays, the record too: from it, that is done later. Whether
+/// it is done.
 pub(super) async fn restore(
     pins: &Path,
     record: &Record,
     netns: &Netns,
     home: &Netns,
     network: &Network,
-) {
-    let names = network.names().await.unwrap_or_default();
+) -> bool {
+    let asking = match network.ask() {
+        Ok(asking) => asking,
+        Err(error) => {
+            tracing::warn!(netns = %record.path.display(), %error, "a pod's network stays steered");
+            return false;
+        }
+    };
+    let names = asking.names().await.unwrap_or_default();
     let qdiscs = netns.enter(home, || attach::detach_filters(pins, &names));
     for index in qdiscs.unwrap_or_default() {
-        network.remove_qdisc(index).await;
+        asking.remove_qdisc(index).await;
     }
     attach::detach_links(pins);
     record::remove(pins);
-    network.unroute_steered(record.accept_local).await;
+    asking.unroute_steered(record.accept_local).await;
+    true
 }
 
 /// The netns of a record, if it is still the one at its path.

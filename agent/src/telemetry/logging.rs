@@ -10,12 +10,7 @@
 
 mod line;
 
-use std::{
-    fmt,
-    io::{self, BufWriter},
-    thread,
-    time::Duration,
-};
+use std::{fmt, io, mem, thread, time::Duration};
 
 use tracing::Subscriber;
 use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
@@ -31,7 +26,7 @@ const QUEUE_LINES: usize = 16 * 1024;
 /// How long lines gather after some were written, so that where there are many a line costs neither
 /// a system call nor a wake-up.
 const GATHER: Duration = Duration::from_millis(5);
-/// What gathers at most before it is written.
+/// What is written at once at most.
 const GATHERED: usize = 64 * 1024;
 
 /// The form of a log line.
@@ -101,7 +96,10 @@ fn queue(writer: impl io::Write + Send + 'static, lines: usize) -> (NonBlocking,
         .lossy(true)
         .buffered_lines_limit(lines)
         .thread_name("malla-log")
-        .finish(Batches(BufWriter::with_capacity(GATHERED, writer)));
+        .finish(Batches {
+            writer,
+            lines: Vec::new(),
+        });
     let dropped = writer.error_counter();
     let guard = LogGuard {
         _writer: guard,
@@ -110,16 +108,33 @@ fn queue(writer: impl io::Write + Send + 'static, lines: usize) -> (NonBlocking,
     (writer, guard)
 }
 
-/// Before the writer, in the thread of the queue, which flushes it when the queue is empty.
-struct Batches<W: io::Write>(BufWriter<W>);
+/// Before the writer, in the thread of the queue, which flushes it when the queue is empty. While it
+/// rests, lines gather in the queue.
+struct Batches<W> {
+    writer: W,
+    lines: Vec<u8>,
+}
+
+impl<W: io::Write> Batches<W> {
+    /// What can't be written is lost: the next lines may go another way.
+    fn write_out(&mut self) -> io::Result<()> {
+        let lines = mem::take(&mut self.lines);
+        self.writer.write_all(&lines)?;
+        self.writer.flush()
+    }
+}
 
 impl<W: io::Write> io::Write for Batches<W> {
-    fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
-        self.0.write(lines)
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if self.lines.len() + line.len() > GATHERED {
+            self.write_out()?;
+        }
+        self.lines.extend_from_slice(line);
+        Ok(line.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.0.flush()?;
+        self.write_out()?;
         thread::sleep(GATHER);
         Ok(())
     }

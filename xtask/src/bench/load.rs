@@ -111,15 +111,13 @@ impl<'a> Load<'a> {
 
     /// Memory of the proxies at rest, and with connections that have had one answer each.
     pub(super) fn memory(&self, outcome: &mut Outcome) -> Result<()> {
-        let rested = Instant::now() + REST;
-        interrupt::wait_for("proxies at rest", 2 * REST, || Instant::now() >= rested)?;
-        outcome.set(Row::IdleMemory, self.still_rss()? / KIB);
-        // Allocators look for what they can give back while they are used, and what they keep
-        // would hide what the connections take.
+        outcome.set(Row::IdleMemory, self.rss_at_rest()? / KIB);
+        // The first connections take what every one after them finds there.
         for _ in 0..20 {
             drop(self.connect(10)?);
         }
-        let before = self.still_rss()?;
+        // Allocators give back some seconds later, and what they keep would hide what is measured.
+        let before = self.rss_at_rest()?;
         let idle = self.connect(IDLE)?;
         let with_idle = self.still_rss()?;
         drop(idle);
@@ -258,6 +256,13 @@ impl<'a> Load<'a> {
             });
             connections.collect()
         })
+    }
+
+    /// Memory of the proxies in bytes, when they have had nothing to do for a while.
+    fn rss_at_rest(&self) -> Result<f64> {
+        let rested = Instant::now() + REST;
+        interrupt::wait_for("proxies at rest", 2 * REST, || Instant::now() >= rested)?;
+        self.still_rss()
     }
 
     /// Memory of the proxies in bytes, once it doesn't change any more.

@@ -249,6 +249,14 @@ mod tests {
         }
     }
 
+    /// The longest delay, when so many have been noted.
+    async fn longest_of(count: usize, delays: &RefCell<Vec<u32>>) -> u32 {
+        while delays.borrow().len() < count {
+            yield_now().await;
+        }
+        delays.borrow().iter().max().copied().unwrap()
+    }
+
     #[test]
     fn a_pod_with_a_thousand_busy_tasks_delays_anothers_by_one_turn() {
         run(async |turns| {
@@ -266,10 +274,7 @@ mod tests {
                     noted.borrow_mut().push(seen.get() - before);
                 }
             });
-            while delays.borrow().len() < 100 {
-                yield_now().await;
-            }
-            let slowest = delays.borrow().iter().max().copied().unwrap();
+            let slowest = longest_of(100, &delays).await;
             // A turn of a `LocalSet`.
             assert!(slowest <= 61, "{slowest} tasks of the flood went first");
             assert!(flooded.get() > 0);
@@ -296,10 +301,7 @@ mod tests {
                     noted.borrow_mut().push(seen.get() - before);
                 }
             });
-            while delays.borrow().len() < 20 {
-                yield_now().await;
-            }
-            let slowest = delays.borrow().iter().max().copied().unwrap();
+            let slowest = longest_of(20, &delays).await;
             // A round is one turn of the flood's `LocalSet` here, and may have begun before the write.
             assert!(slowest <= 2 * 61, "{slowest} tasks of the flood went first");
             assert!(flooded.get() > 0);

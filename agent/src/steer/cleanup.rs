@@ -124,9 +124,8 @@ async fn clean_pod(workload: WorkloadId, folder: &Path, home: &Arc<Netns>) -> Op
     // Its name may be gone while it lives.
     let found = reopen(&record).or_else(|| Netns::of_a_process(record.netns));
     if let Some(found) = found {
-        let found = Arc::new(found);
-        let network = Network::of(&found, home);
-        let restored = withdraw::restore(folder, &record, &found, home, &network).await;
+        let network = Network::of(&Arc::new(found), home);
+        let restored = withdraw::restore(folder, &record, &network).await;
         return restored.then_some(Cleaned::Pod { workload, netns });
     }
     attach::detach_links(folder);

@@ -6,6 +6,7 @@ use std::{
     mem::MaybeUninit,
     net::{IpAddr, SocketAddr},
     os::fd::AsFd,
+    pin::pin,
     time::Duration,
 };
 
@@ -178,26 +179,23 @@ impl Opening {
         local.ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
     }
 
-    /// The stream, where it is open already: over the loopback, where the app's kernel has answered
-    /// before `connect` returned. No timer is set for it.
-    fn if_open(self) -> io::Result<Result<Accounted<TcpStream>, Self>> {
-        // A connection that isn't open has no peer (`getpeername`).
-        if self.socket.peer_addr().is_err() {
-            return Ok(Err(self));
-        }
-        let (entry, socket) = self.socket.into_parts();
-        let stream = TcpStream::from_std(socket.into())?;
-        Ok(Ok(Accounted::from_parts(entry, stream)))
+    /// Whether it is open already, as over the loopback, where the app's kernel has answered before
+    /// `connect` returned. One that isn't has no peer (`getpeername`).
+    fn is_open(&self) -> bool {
+        self.socket.peer_addr().is_ok()
     }
 
-    /// Waits until it is open.
+    /// Waits until it is open. For one that is, no timer is set.
     pub async fn open(self, limit: Duration) -> Result<Accounted<TcpStream>, DialError> {
+        let is_open = self.is_open();
         let (entry, socket) = self.socket.into_parts();
         let stream = TcpStream::from_std(socket.into())?;
-        timeout(limit, stream.writable())
-            .await
-            .map_err(|_| DialError::Timeout(limit))??;
-        outcome(&stream)?;
+        if !is_open {
+            timeout(limit, stream.writable())
+                .await
+                .map_err(|_| DialError::Timeout(limit))??;
+            outcome(&stream)?;
+        }
         Ok(Accounted::from_parts(entry, stream))
     }
 }
@@ -287,10 +285,7 @@ async fn from_own_address(
     let socket = Accounted::new(socket, pod.id, Kind::Connecting);
     pod.dial_tag.put_on(&socket);
     over_loopback(&SockRef::from(&*socket));
-    let stream = match Opening::of(socket, destination)?.if_open()? {
-        Ok(stream) => stream,
-        Err(opening) => opening.open(limit).await?,
-    };
+    let stream = Opening::of(socket, destination)?.open(limit).await?;
     Ok(Dialled {
         stream,
         source_replaced: true,
@@ -330,11 +325,10 @@ async fn attempt(
         }
         Err(error) => return Err(error.into()),
     };
-    // Rare, and large.
-    let mut connecting = match opening.if_open()? {
-        Ok(stream) => return Ok(Attempt::Open(stream)),
-        Err(opening) => Box::pin(opening.open(limit)),
-    };
+    if opening.is_open() {
+        return Ok(Attempt::Open(opening.open(limit).await?));
+    }
+    let mut connecting = pin!(opening.open(limit));
     let connected = match timeout(AT_ONCE, &mut connecting).await {
         Ok(connected) => connected,
         Err(_) => match pod.dial_ports.holder(source, destination) {

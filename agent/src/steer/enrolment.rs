@@ -306,17 +306,9 @@ impl Enrolment {
         self.stop();
         let inner = &self.inner;
         let _attaching = inner.attaching.lock().await;
-        let pod = &inner.pod;
         inner.attacher.release(&inner.pins);
         // Where it isn't done, the pod stays closed, and the next agent does it from its record.
-        let _ = withdraw::restore(
-            &inner.pins,
-            &inner.record,
-            &pod.netns,
-            &pod.home,
-            &inner.network,
-        )
-        .await;
+        let _ = withdraw::restore(&inner.pins, &inner.record, &inner.network).await;
         let mut state = inner.state();
         let entries = Inherited {
             addresses: std::mem::take(&mut state.addresses),

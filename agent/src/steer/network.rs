@@ -196,11 +196,15 @@ impl Network {
         }
     }
 
+    /// Does a job in the netns ([`Netns::enter`]).
+    pub(super) fn enter<T>(&self, job: impl FnOnce() -> T) -> io::Result<T> {
+        self.netns.enter(&self.home, job)
+    }
+
     /// A socket to ask by, or to have something done. Needs a tokio runtime.
     pub(super) fn ask(&self) -> Result<Asking, NetworkError> {
         let (mut connection, handle, _) = self
-            .netns
-            .enter(&self.home, rtnetlink::new_connection)
+            .enter(rtnetlink::new_connection)
             .and_then(|result| result)
             .map_err(NetworkError::Enter)?;
         let entry = Entry::new(connection.socket_mut().socket_ref(), 0, Kind::Netlink);

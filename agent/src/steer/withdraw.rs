@@ -80,9 +80,8 @@ impl Steering {
             return;
         };
         if let Some(netns) = reopen(&record) {
-            let netns = Arc::new(netns);
-            let network = Network::of(&netns, &self.home);
-            if !restore(folder, &record, &netns, &self.home, &network).await {
+            let network = Network::of(&Arc::new(netns), &self.home);
+            if !restore(folder, &record, &network).await {
                 return;
             }
         }
@@ -109,13 +108,7 @@ impl Steering {
 /// Detaches all programs of a netns, then takes away what brought steered packets to its stack. Where
 /// the netns can't be asked at all, everything stays, the record too: from it, that is done later. Whether
 /// it is done.
-pub(super) async fn restore(
-    pins: &Path,
-    record: &Record,
-    netns: &Netns,
-    home: &Netns,
-    network: &Network,
-) -> bool {
+pub(super) async fn restore(pins: &Path, record: &Record, network: &Network) -> bool {
     let asking = match network.ask() {
         Ok(asking) => asking,
         Err(error) => {
@@ -124,7 +117,7 @@ pub(super) async fn restore(
         }
     };
     let names = asking.names().await.unwrap_or_default();
-    let qdiscs = netns.enter(home, || attach::detach_filters(pins, &names));
+    let qdiscs = network.enter(|| attach::detach_filters(pins, &names));
     for index in qdiscs.unwrap_or_default() {
         asking.remove_qdisc(index).await;
     }

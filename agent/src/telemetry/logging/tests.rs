@@ -111,7 +111,51 @@ fn a_stuck_reader_costs_lines_and_no_time() {
         }
     });
     assert!(begun.elapsed() < Duration::from_secs(5));
-    // `GATHERED` of 60 bytes or more a line are in the writer's hands, and eight lines wait.
-    assert!(dropped.count() >= 8_000, "{}", dropped.count());
+    // `GATHERED` of 70 bytes or more a line are in the writer's hands, and eight lines wait.
+    assert!(dropped.count() >= 9_000, "{}", dropped.count());
     drop(release);
+}
+
+/// Refuses what is written first, and keeps each further write.
+#[derive(Clone, Default)]
+struct Broken {
+    writes: Arc<Mutex<Vec<String>>>,
+    has_refused: bool,
+}
+
+impl io::Write for Broken {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if !self.has_refused {
+            self.has_refused = true;
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        let text = String::from_utf8(bytes.to_vec()).unwrap();
+        self.writes.lock().unwrap().push(text);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn lines_are_written_together_and_none_is_kept_that_could_not_be() {
+    let pipe = Broken::default();
+    let mut batches = Batches {
+        writer: pipe.clone(),
+        lines: Vec::new(),
+    };
+    let mut write = |lines: &[&str]| {
+        for line in lines {
+            io::Write::write_all(&mut batches, line.as_bytes()).unwrap();
+        }
+        io::Write::flush(&mut batches)
+    };
+    assert!(write(&["lost\n"]).is_err());
+    write(&["one\n", "two\n", "three\n"]).unwrap();
+    let long = "x".repeat(GATHERED - 2) + "\n";
+    write(&["a\n", &long, "b\n"]).unwrap();
+    let writes = pipe.writes.lock().unwrap();
+    assert_eq!(*writes, ["one\ntwo\nthree\n", "a\n", &long, "b\n"]);
 }

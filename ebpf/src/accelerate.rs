@@ -14,12 +14,11 @@ use core::{arch::asm, ptr};
 
 use aya_ebpf::{
     bindings::{
-        BPF_F_INGRESS, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE,
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
-        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE, bpf_sock, sk_action,
-        sk_msg_md,
+        BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB,
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_TCP_CLOSE, bpf_sock, sk_action, sk_msg_md,
     },
-    btf_maps::{HashMap, PerCpuArray, SkStorage, SockHash},
+    btf_maps::{HashMap, PerCpuArray, SkStorage},
     cty::c_void,
     helpers::generated::{bpf_get_netns_cookie, bpf_sk_storage_get, bpf_skc_to_mptcp_sock},
     macros::{btf_map, btf_tracepoint, cgroup_sockopt, sk_msg, sock_ops},
@@ -32,6 +31,7 @@ use malla_common::{
 };
 
 use crate::{
+    ends::Ends,
     maps::pod_at,
     sockets::{InheritedStorage, SOCKETS},
 };
@@ -49,7 +49,7 @@ const GO_ON: u32 = 1;
 
 /// The accelerated sockets, each under its own end.
 #[btf_map]
-static ENDS: SockHash<End, 262144> = SockHash::new();
+static ENDS: Ends = Ends::new();
 
 /// Bytes that were redirected to an end and that it hasn't read.
 #[btf_map]
@@ -155,7 +155,7 @@ fn add(ctx: &SockOpsContext, socket: *mut bpf_sock, end: End, sends: Sends) {
     let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
     let told_of_end = ctx.set_cb_flags(flags as i32).is_ok();
     // SAFETY: the context is valid for the whole run of the program.
-    let added = told_of_end && ENDS.update(end, unsafe { &mut *ctx.ops }, 0).is_ok();
+    let added = told_of_end && unsafe { ENDS.add(ctx.ops, end) };
     if !added {
         let _ = WAITING.remove(end);
     }
@@ -252,7 +252,8 @@ pub fn redirect(ctx: SkMsgContext) -> u32 {
         return by_tcp(state, Event::NoCredit);
     }
     let size = i64::from(ctx.size());
-    if ENDS.redirect_msg(&ctx, peer, u64::from(BPF_F_INGRESS)) != i64::from(PASS) {
+    // SAFETY: the context is valid for the whole run of the program.
+    if unsafe { !ENDS.redirect(ctx.msg, peer) } {
         return by_tcp(state, lost(state));
     }
     // SAFETY: as above.

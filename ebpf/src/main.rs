@@ -7,6 +7,7 @@
 mod accelerate;
 mod decision;
 mod egress;
+mod ends;
 mod ingress;
 mod lookup;
 mod loopback;

@@ -280,3 +280,61 @@ fn what_nginx_sends_by_sendfile_is_the_file() {
     })
     .unwrap();
 }
+
+#[test]
+fn haproxy_that_does_not_splice_carries_bytes_between_accelerated_connections() {
+    const BEHIND: u16 = PORT + 1;
+    const LENGTH: usize = 4 * MIB;
+    let mut bed = Testbed::new("haproxy").unwrap();
+    let (a, b) = (bed.node("a").unwrap(), bed.node("b").unwrap());
+    let [client, proxy, server] =
+        [("client", &a), ("proxy", &b), ("server", &a)].map(|(name, node)| {
+            let spec = PodSpec::new(name).settings("accelerate: full");
+            bed.pod(node, spec).unwrap()
+        });
+    bed.start_agents().unwrap();
+    for node in [&a, &b] {
+        bed.agent(node).wait_for_acceleration("full").unwrap();
+    }
+    let file = bed.folder().join("haproxy.cfg");
+    let configuration = format!(
+        "defaults\n  mode tcp\n  timeout connect 20s\n  timeout client 60s\n  timeout server 60s\n\
+         listen app\n  bind :{PORT}\n  server app {}:{BEHIND}\n",
+        server.v4()
+    );
+    fs::write(&file, configuration).unwrap();
+    let command = [
+        "haproxy".as_ref(),
+        "-db".as_ref(),
+        "-f".as_ref(),
+        file.as_os_str(),
+    ];
+    let _haproxy = proxy.spawn(command).unwrap();
+    proxy.wait_listening(PORT).unwrap();
+    let listener = listen(&server, BEHIND).unwrap();
+    for turn in 0..10 {
+        let left = Polled::new(client.connect((proxy.v4(), PORT)).unwrap()).unwrap();
+        let right = Polled::new(accept(&listener).unwrap()).unwrap();
+        thread::scope(|scope| {
+            for (from, to) in [(&left, &right), (&right, &left)] {
+                scope.spawn(move || {
+                    payload::send(from, turn, LENGTH).unwrap();
+                    from.0.shutdown(Shutdown::Write).unwrap();
+                });
+                scope.spawn(move || {
+                    // Some are slow.
+                    thread::sleep(Duration::from_millis(30 * (turn % 4)));
+                    payload::receive_all(to, turn, LENGTH).unwrap();
+                });
+            }
+        });
+    }
+    // What it read of either and wrote to either.
+    let redirected = || bed.agent(&b).directions("redirected").unwrap();
+    eventually(
+        "what haproxy sends and reads to be redirected",
+        PATIENCE,
+        || redirected() >= 20,
+    )
+    .unwrap();
+}

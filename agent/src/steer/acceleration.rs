@@ -125,10 +125,10 @@ impl Acceleration {
             return (verdict, None);
         }
         let attached = programs.attach(&self.folders.all_cgroups);
-        match attached.and_then(|()| Ok((programs.tags()?, programs.waiting()?))) {
-            Ok((tags, waiting)) => {
+        match attached.and_then(|()| Ok((programs.tags()?, programs.queues()?))) {
+            Ok((tags, maps)) => {
                 // Before the first connection is.
-                self.queues.fill(waiting);
+                self.queues.fill(maps);
                 *self.tags.map() = Some(tags);
                 (verdict, Some(Box::new(programs)))
             }

@@ -9,11 +9,12 @@ use std::{
 
 use aya::{
     Btf, Ebpf,
-    maps::{HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues, SkStorage},
+    maps::{Map, MapData, MapError, PerCpuArray, PerCpuValues, SkStorage},
     programs::{BtfTracePoint, CgroupSockopt, Program, ProgramError, SkMsg, SockOps},
 };
-use malla_common::acceleration::{End, Event};
+use malla_common::acceleration::Event;
 
+use super::queues::Maps;
 use crate::{
     ledger::{Accounted, Entry, Kind},
     steer::{
@@ -50,7 +51,7 @@ pub(super) struct AccelerationPrograms {
     guards: Accounted<OwnedFd>,
     _counts: Accounted<OwnedFd>,
     /// While no descriptor of it is open, the kernel forgets which program it has.
-    _ends: Accounted<OwnedFd>,
+    ends: Accounted<OwnedFd>,
     tags: Accounted<OwnedFd>,
     waiting: Accounted<OwnedFd>,
     events: (PerCpuArray<MapData, u64>, Entry),
@@ -90,7 +91,7 @@ impl AccelerationPrograms {
             adds: accounted(adds),
             guards: accounted(guards),
             _counts: accounted(counts),
-            _ends: accounted(ends),
+            ends: accounted(ends),
             tags: accounted(map(&mut ebpf, "TAGS")?),
             waiting: accounted(map(&mut ebpf, "WAITING")?),
             events,
@@ -126,10 +127,15 @@ impl AccelerationPrograms {
         Ok((Map::SkStorage(map).try_into()?, entry))
     }
 
-    /// A handle on the map of what waits to be read.
-    pub(super) fn waiting(&self) -> Result<(BpfHashMap<MapData, End, i64>, Entry), LoadError> {
-        let (map, entry) = handle(&self.waiting)?;
-        Ok((Map::HashMap(map).try_into()?, entry))
+    /// Handles on the maps of what is redirected.
+    pub(super) fn queues(&self) -> Result<Maps, LoadError> {
+        let (waiting, waiting_entry) = handle(&self.waiting)?;
+        let (ends, ends_entry) = handle(&self.ends)?;
+        Ok(Maps {
+            waiting: (Map::HashMap(waiting).try_into()?, waiting_entry),
+            // The library's type for a map of sockets takes a cookie for a descriptor.
+            ends: (Map::HashMap(ends).try_into()?, ends_entry),
+        })
     }
 
     /// Counts from nothing again.

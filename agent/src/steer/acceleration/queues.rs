@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use aya::maps::{HashMap as BpfHashMap, MapData};
+use aya::maps::{HashMap as BpfHashMap, MapData, MapError};
 use malla_common::{
     Flow,
     acceleration::{CREDIT, End},
@@ -29,19 +29,25 @@ use crate::ledger::Entry;
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
-/// How many bytes wait for each end.
-type Waiting = (BpfHashMap<MapData, End, i64>, Entry);
+/// The maps of what is redirected.
+#[derive(Debug)]
+pub(super) struct Maps {
+    /// How many bytes wait for each end.
+    pub waiting: (BpfHashMap<MapData, End, i64>, Entry),
+    /// The cookie of each end's socket, until its app closes it.
+    pub ends: (BpfHashMap<MapData, End, u64>, Entry),
+}
 
-/// The map of what waits, once something may.
+/// What waits to be read, once something may.
 #[derive(Debug, Default)]
 pub struct Queues {
     began: AtomicBool,
-    waiting: Mutex<Option<Waiting>>,
+    maps: Mutex<Option<Maps>>,
 }
 
 impl Queues {
-    pub(super) fn fill(&self, waiting: Waiting) {
-        *self.waiting() = Some(waiting);
+    pub(super) fn fill(&self, maps: Maps) {
+        *self.maps() = Some(maps);
         self.began.store(true, Ordering::Relaxed);
     }
 
@@ -67,18 +73,24 @@ impl Queues {
 
     /// None: nothing is redirected there.
     fn unread(&self, end: &End) -> Option<i64> {
-        self.waiting().as_ref()?.0.get(end, 0).ok()
+        self.maps().as_ref()?.waiting.0.get(end, 0).ok()
+    }
+
+    /// Whether somebody may still read there.
+    fn is_open(&self, end: &End) -> bool {
+        let socket = self.maps().as_ref().map(|maps| maps.ends.0.get(end, 0));
+        !matches!(socket, Some(Err(MapError::KeyNotFound)))
     }
 
     fn forget(&self, end: &End) {
-        if let Some((map, _)) = &mut *self.waiting() {
+        if let Some(maps) = &mut *self.maps() {
             // Gone already where its socket is.
-            let _ = map.remove(end);
+            let _ = maps.waiting.0.remove(end);
         }
     }
 
-    fn waiting(&self) -> MutexGuard<'_, Option<Waiting>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    fn maps(&self) -> MutexGuard<'_, Option<Maps>> {
+        self.maps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -106,7 +118,9 @@ impl Credit {
     }
 
     /// Waits until something may be written: looks how much was read, and where that isn't enough,
-    /// waits until it is all and goes over to TCP for good.
+    /// waits until it is all and goes over to TCP for good. Sooner where the app closes its socket: as
+    /// the kernel doesn't see what waits there, the app has ended with a FIN, and it takes what comes
+    /// by TCP to be told of a reset.
     pub async fn renew(&mut self) {
         let mut pause = FIRST_PAUSE;
         while self.left() == 0 {
@@ -119,7 +133,7 @@ impl Credit {
         }
         while self.left() == 0 {
             match self.queues.unread(&self.peer) {
-                Some(unread) if unread > 0 => {
+                Some(unread) if unread > 0 && self.queues.is_open(&self.peer) => {
                     sleep(pause).await;
                     pause = (pause * 2).min(LONGEST_PAUSE);
                 }

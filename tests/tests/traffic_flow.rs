@@ -176,6 +176,43 @@ fn a_stalled_connection_stops_no_other(pair: &Pair) {
     }
 }
 
+#[test]
+fn a_tunnel_full_of_stalled_connections_stops_none_beside_them() {
+    // Fewer than a tunnel takes, so that all have the same.
+    const STALLED: usize = 90;
+    let bed = Testbed::new("tunnel").unwrap();
+    let bed = bed.with_agent_arguments(["--workers", "1"]);
+    let [client, server] = ["client", "server"].map(PodSpec::new);
+    let pair = Pair::on(bed, Way::Mesh, client, server).unwrap();
+    let stalled: Vec<_> = (0..STALLED)
+        .map(|_| {
+            let (client, server) = pair.connection().unwrap();
+            for end in [&client, &server] {
+                SockRef::from(end).set_send_buffer_size(64 << 10).unwrap();
+            }
+            (client, server)
+        })
+        .collect();
+    let pushed: Vec<_> = thread::scope(|scope| {
+        let ends = stalled.iter().flat_map(|(a, b)| [a, b]);
+        let filling: Vec<_> = ends.map(|end| scope.spawn(|| fill(end))).collect();
+        filling.into_iter().map(|one| one.join().unwrap()).collect()
+    });
+    let (client, server) = pair.connection().unwrap();
+    for (from, to) in [(&client, &server), (&server, &client)] {
+        thread::scope(|scope| {
+            scope.spawn(|| payload::send(from, 1, 4 * MIB).unwrap());
+            payload::receive(to, 1, 4 * MIB).unwrap();
+        });
+    }
+    for ((client, server), pushed) in stalled.iter().zip(pushed.chunks(2)) {
+        read_zeroes(server, pushed[0]);
+        read_zeroes(client, pushed[1]);
+    }
+    drop((client, server, stalled));
+    pair.nothing_is_held().unwrap();
+}
+
 /// Writes zeroes until nothing more is taken for half a second, and returns how many.
 fn fill(mut stream: &TcpStream) -> usize {
     stream

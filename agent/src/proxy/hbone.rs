@@ -18,8 +18,8 @@ pub(super) const FRAME_HEAD: usize = 9;
 /// of a window would be a frame of its own.
 #[expect(clippy::cast_possible_truncation)]
 pub(super) const STREAM_WINDOW: u32 = 2 * MAX_CHUNK as u32;
-/// Many times a stream's, so that streams that nobody reads don't stop the others.
-pub(super) const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
+/// Room for every stream's, so that streams that nobody reads stop no other, however many they are.
+pub(super) const CONNECTION_WINDOW: u32 = MAX_STREAMS * STREAM_WINDOW;
 pub(super) const MAX_FRAME: u32 = 1024 * 1024;
 pub(super) const MAX_HEADERS: u32 = 64 * 1024;
 /// What waits in the agent for a stream to send, beyond what was read from its socket last.

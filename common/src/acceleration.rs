@@ -4,7 +4,11 @@ use crate::Flow;
 
 /// Bytes that may have been redirected to one end and not been read by it. One message more may
 /// come on top, which the kernel cuts at half a MiB.
-pub const CREDIT: i64 = 256 * 1024;
+pub const CREDIT: u32 = 256 * 1024;
+
+/// The same of what the agent sends, which keeps to [`CREDIT`] by itself. Bytes that the kernel had
+/// no memory for at first count twice, which must not send the rest by TCP before its time.
+pub const AGENTS_CREDIT: u32 = 2 * CREDIT;
 
 /// What the agent says of a socket of its own before it opens; a listener's is that of what it
 /// accepts.
@@ -57,6 +61,17 @@ pub enum Sends {
     Tcp = 2,
 }
 
+/// What is known of an end's queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[repr(C)]
+pub struct Queue {
+    /// Bytes that were to be redirected there, less those that were read. Never less than what waits,
+    /// but more where the kernel had no memory for some.
+    pub unread: i64,
+    /// All bytes that were read there.
+    pub read: u64,
+}
+
 /// Kept with a socket that is accelerated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(C)]
@@ -64,7 +79,8 @@ pub struct EndState {
     pub end: End,
     /// A [`Sends`].
     pub sends: u32,
-    pub reserved: u32,
+    /// How many bytes may wait at its peer.
+    pub credit: u32,
 }
 
 /// What the programs count.
@@ -103,6 +119,9 @@ impl Event {
 #[cfg(feature = "user")]
 // SAFETY: `repr(C)` of integers only, without padding (see the layout test).
 unsafe impl aya::Pod for End {}
+#[cfg(feature = "user")]
+// SAFETY: as above.
+unsafe impl aya::Pod for Queue {}
 
 #[cfg(test)]
 mod tests {
@@ -115,5 +134,6 @@ mod tests {
         assert_eq!(size_of::<End>(), 48);
         assert_eq!(offset_of!(End, flow), 8);
         assert_eq!(size_of::<EndState>(), 56);
+        assert_eq!(size_of::<Queue>(), 16);
     }
 }

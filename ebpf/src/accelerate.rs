@@ -26,7 +26,7 @@ use aya_ebpf::{
 };
 use malla_common::{
     Address, Flow, Verdict,
-    acceleration::{CREDIT, End, EndState, Event, Sends, Tag},
+    acceleration::{AGENTS_CREDIT, CREDIT, End, EndState, Event, Queue, Sends, Tag},
     pod_flags,
 };
 
@@ -51,9 +51,9 @@ const GO_ON: u32 = 1;
 #[btf_map]
 static ENDS: Ends = Ends::new();
 
-/// Bytes that were redirected to an end and that it hasn't read.
+/// What waits at an end to be read.
 #[btf_map]
-static WAITING: HashMap<End, i64, 262144, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+static WAITING: HashMap<End, Queue, 262144, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
 
 /// What is known of an accelerated socket.
 #[btf_map]
@@ -97,9 +97,11 @@ fn opened(ctx: &SockOpsContext, active: bool) {
             .as_ref()
     };
     match tag.copied() {
-        Some(tag) if tag == Tag::Receives as u32 => add(ctx, socket, end, Sends::Tcp),
-        Some(tag) if tag == Tag::Both as u32 => add(ctx, socket, end, Sends::Undecided),
-        Some(tag) if tag == Tag::App as u32 => add(ctx, socket, end, Sends::Undecided),
+        Some(tag) if tag == Tag::Receives as u32 => add(ctx, socket, end, Sends::Tcp, 0),
+        Some(tag) if tag == Tag::Both as u32 => {
+            add(ctx, socket, end, Sends::Undecided, AGENTS_CREDIT);
+        }
+        Some(tag) if tag == Tag::App as u32 => add(ctx, socket, end, Sends::Undecided, CREDIT),
         // Of the agent, which wants it plain.
         Some(_) => {}
         None => {
@@ -110,7 +112,7 @@ fn opened(ctx: &SockOpsContext, active: bool) {
                 WAITING.get_ptr(&end.peer()).is_some()
             };
             if is_apps {
-                add(ctx, socket, end, Sends::Undecided);
+                add(ctx, socket, end, Sends::Undecided, CREDIT);
             }
         }
     }
@@ -133,7 +135,7 @@ fn steered(socket: *mut bpf_sock, flow: &Flow) -> bool {
 }
 
 #[inline(always)]
-fn add(ctx: &SockOpsContext, socket: *mut bpf_sock, end: End, sends: Sends) {
+fn add(ctx: &SockOpsContext, socket: *mut bpf_sock, end: End, sends: Sends, credit: u32) {
     if is_mptcp(socket) {
         return;
     }
@@ -147,9 +149,12 @@ fn add(ctx: &SockOpsContext, socket: *mut bpf_sock, end: End, sends: Sends) {
     *state = EndState {
         end,
         sends: sends as u32,
-        reserved: 0,
+        credit,
     };
-    if WAITING.insert(end, 0, 0).is_err() {
+    if WAITING
+        .insert(end, Queue { unread: 0, read: 0 }, 0)
+        .is_err()
+    {
         return;
     }
     let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
@@ -243,12 +248,13 @@ pub fn redirect(ctx: SkMsgContext) -> u32 {
         return PASS;
     }
     let peer = state.end.peer();
-    let Some(waiting) = WAITING.get_ptr_mut(&peer) else {
+    let Some(queue) = WAITING.get_ptr_mut(&peer) else {
         return by_tcp(state, lost(state));
     };
     // SAFETY: the value of an entry, which stays readable while the program runs.
-    let unread = unsafe { ptr::read_volatile(waiting) };
-    if unread >= CREDIT {
+    let unread = unsafe { &raw mut (*queue).unread };
+    // SAFETY: as above.
+    if unsafe { ptr::read_volatile(unread) } >= i64::from(state.credit) {
         return by_tcp(state, Event::NoCredit);
     }
     let size = i64::from(ctx.size());
@@ -257,7 +263,7 @@ pub fn redirect(ctx: SkMsgContext) -> u32 {
         return by_tcp(state, lost(state));
     }
     // SAFETY: as above.
-    unsafe { atomic_add(waiting, size) };
+    unsafe { atomic_add(unread, size) };
     if state.sends == Sends::Undecided as u32 {
         state.sends = Sends::Redirected as u32;
         count(Event::Redirected);
@@ -305,10 +311,14 @@ pub fn consumed(ctx: BtfTracePointContext) -> i32 {
     let state = unsafe { storage(&raw const END_STATES, socket, 0) };
     // SAFETY: null or a living value of this type, whose `end` never changes.
     if let Some(state) = unsafe { state.cast::<EndState>().as_ref() }
-        && let Some(waiting) = WAITING.get_ptr_mut(&state.end)
+        && let Some(queue) = WAITING.get_ptr_mut(&state.end)
     {
-        // SAFETY: as in `redirect`.
-        unsafe { atomic_add(waiting, -i64::from(length)) };
+        let length = i64::from(length);
+        // SAFETY: as in `redirect`. Both numbers have the same bits, signed or not.
+        unsafe {
+            atomic_add(&raw mut (*queue).unread, -length);
+            atomic_add((&raw mut (*queue).read).cast(), length);
+        }
     }
     0
 }
@@ -337,7 +347,7 @@ pub fn keep_plain(ctx: SockoptContext) -> i32 {
 ///
 /// # Safety
 ///
-/// `number` must be the value of an entry of a map.
+/// `number` must be in the value of an entry of a map.
 #[inline(always)]
 unsafe fn atomic_add(number: *mut i64, amount: i64) {
     // SAFETY: the caller's.

@@ -93,16 +93,19 @@ impl Buffers {
         let written = if at_once == 0 {
             0
         } else {
-            match Pin::new(writer).poll_write(cx, &buffer[..at_once]) {
+            match poll_write(cx, writer, &buffer[..at_once], credit.as_deref()) {
                 Poll::Ready(Ok(written)) => {
                     if let Some(credit) = credit {
-                        credit.wrote(written);
+                        credit.wrote(written, at_once);
                     }
                     written
                 }
                 Poll::Ready(Err(error)) => {
-                    buffer.clear();
-                    return Poll::Ready(Err(Moving::Write(error)));
+                    if !credit.is_some_and(|credit| credit.outlives(&error)) {
+                        buffer.clear();
+                        return Poll::Ready(Err(Moving::Write(error)));
+                    }
+                    0
                 }
                 Poll::Pending => 0,
             }
@@ -145,6 +148,27 @@ fn poll_until_empty(
     loop {
         ready!(socket.poll_read_ready(cx))?;
         match socket.try_read_buf(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            done => return Poll::Ready(done),
+        }
+    }
+}
+
+/// Writes, and where it may be redirected waits only when the kernel has said that there is no room.
+/// tokio's own write waits after one that was cut short, as for want of memory: no event tells of its
+/// end, since nothing is on its way.
+pub(super) fn poll_write(
+    cx: &mut Context<'_>,
+    writer: &mut WriteHalf<'_>,
+    bytes: &[u8],
+    credit: Option<&Credit>,
+) -> Poll<io::Result<usize>> {
+    if credit.is_none_or(Credit::is_by_tcp) {
+        return Pin::new(writer).poll_write(cx, bytes);
+    }
+    loop {
+        ready!(writer.as_ref().poll_write_ready(cx))?;
+        match writer.try_write(bytes) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             done => return Poll::Ready(done),
         }

@@ -17,7 +17,7 @@ use std::{
 use bytes::{Buf, Bytes};
 use h2::{Reason as H2Reason, RecvStream, SendStream};
 use tokio::{
-    io::{AsyncWrite, AsyncWriteExt, Interest},
+    io::{AsyncWriteExt, Interest},
     net::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
@@ -28,7 +28,7 @@ use tokio::{
 
 use super::{
     activity::Activity,
-    buffers::{Buffers, Moved, Moving, Pace},
+    buffers::{Buffers, Moved, Moving, Pace, poll_write},
     record::Record,
 };
 use crate::{
@@ -398,14 +398,23 @@ impl<'a> Relay<'a> {
                 }
                 most = most.min(credit.left());
             }
-            let written =
-                poll_fn(|cx| Pin::new(&mut *writer).poll_write(cx, &bytes[..most])).await?;
+            let writing = poll_fn(|cx| poll_write(cx, writer, &bytes[..most], credit.as_deref()));
+            let written = match writing.await {
+                Ok(written) => written,
+                Err(error) => {
+                    let credit = credit.as_mut();
+                    if credit.is_some_and(|credit| credit.outlives(&error)) {
+                        continue;
+                    }
+                    return Err(error);
+                }
+            };
             if written == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
             }
             bytes.advance(written);
             if let Some(credit) = credit {
-                credit.wrote(written);
+                credit.wrote(written, most);
             }
             self.activity.happened();
         }

@@ -18,11 +18,14 @@ use std::{
 use aya::maps::{HashMap as BpfHashMap, MapData, MapError};
 use malla_common::{
     Flow,
-    acceleration::{CREDIT, End},
+    acceleration::{self, End, Queue},
 };
 use tokio::{net::TcpStream, time::sleep};
 
 use crate::ledger::Entry;
+
+/// What the agent lets wait for an app.
+const CREDIT: i64 = acceleration::CREDIT as i64;
 
 /// Between looks whether the app has read everything, which happens once in a connection's life at
 /// most.
@@ -33,7 +36,7 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 #[derive(Debug)]
 pub(super) struct Maps {
     /// How many bytes wait for each end.
-    pub waiting: (BpfHashMap<MapData, End, i64>, Entry),
+    pub waiting: (BpfHashMap<MapData, End, Queue>, Entry),
     /// The cookie of each end's socket, until its app closes it.
     pub ends: (BpfHashMap<MapData, End, u64>, Entry),
 }
@@ -67,12 +70,14 @@ impl Queues {
             queues: Arc::clone(self),
             peer: peer(socket).ok()?,
             used: 0,
+            wrote: 0,
+            is_short: false,
             by_tcp: false,
         })
     }
 
     /// None: nothing is redirected there.
-    fn unread(&self, end: &End) -> Option<i64> {
+    fn queue(&self, end: &End) -> Option<Queue> {
         self.maps().as_ref()?.waiting.0.get(end, 0).ok()
     }
 
@@ -101,6 +106,9 @@ pub struct Credit {
     peer: End,
     /// Most that the app may have to read.
     used: i64,
+    wrote: u64,
+    /// The kernel has no memory to redirect into: what the app may have to read is all that it gets.
+    is_short: bool,
     by_tcp: bool,
 }
 
@@ -110,11 +118,30 @@ impl Credit {
         if self.by_tcp {
             return usize::MAX;
         }
+        if self.is_short {
+            return 0;
+        }
         usize::try_from(CREDIT - self.used).unwrap_or(0)
     }
 
-    pub fn wrote(&mut self, bytes: usize) {
+    /// Whether what is written goes by TCP for certain.
+    pub fn is_by_tcp(&self) -> bool {
+        self.by_tcp
+    }
+
+    /// What was taken of so many bytes.
+    pub fn wrote(&mut self, bytes: usize, of: usize) {
         self.used = self.used.saturating_add_unsigned(bytes as u64);
+        self.wrote = self.wrote.wrapping_add(bytes as u64);
+        self.is_short |= bytes < of;
+    }
+
+    /// Whether a write that has failed may be tried again, by TCP: the kernel had no memory to
+    /// redirect into, which TCP can wait for.
+    pub fn outlives(&mut self, error: &io::Error) -> bool {
+        let is_short = !self.by_tcp && error.raw_os_error() == Some(libc::ENOMEM);
+        self.is_short |= is_short;
+        is_short
     }
 
     /// Waits until something may be written: looks how much was read, and where that isn't enough,
@@ -123,17 +150,16 @@ impl Credit {
     /// by TCP to be told of a reset.
     pub async fn renew(&mut self) {
         let mut pause = FIRST_PAUSE;
-        while self.left() == 0 {
-            let unread = self.queues.unread(&self.peer);
-            match unread {
-                Some(unread) if unread > CREDIT / 2 => break,
-                Some(unread) => self.used = unread.max(0),
+        while self.left() == 0 && !self.is_short {
+            match self.queues.queue(&self.peer) {
+                Some(queue) if queue.unread > CREDIT / 2 => break,
+                Some(queue) => self.used = queue.unread.max(0),
                 None => self.by_tcp = true,
             }
         }
         while self.left() == 0 {
-            match self.queues.unread(&self.peer) {
-                Some(unread) if unread > 0 && self.queues.is_open(&self.peer) => {
+            match self.queues.queue(&self.peer) {
+                Some(queue) if self.waits(&queue) && self.queues.is_open(&self.peer) => {
                     sleep(pause).await;
                     pause = (pause * 2).min(LONGEST_PAUSE);
                 }
@@ -144,6 +170,12 @@ impl Credit {
                 }
             }
         }
+    }
+
+    /// Whether the app has something to read that was redirected. What the kernel had no memory for
+    /// wasn't, though it is counted, and isn't written either.
+    fn waits(&self, queue: &Queue) -> bool {
+        queue.unread > 0 && self.wrote.wrapping_sub(queue.read).cast_signed() > 0
     }
 }
 

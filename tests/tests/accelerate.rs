@@ -302,3 +302,48 @@ fn a_killed_agents_connections_are_reset_and_the_next_one_accelerates() {
     pair.agents()[0].wait_for_acceleration("full").unwrap();
     new_connections_are_accelerated(&pair);
 }
+
+#[test]
+fn both_nodes_count_each_byte_through_demotions_and_a_change_of_mode() {
+    let pair = Pair::accelerated().unwrap();
+    let connections = [(); 4].map(|()| pair.polled_connection().unwrap());
+    // Of all clients, and of all servers.
+    let mut sent = [0, 0];
+    for mode in ["full", "off"] {
+        if mode == "off" {
+            for pod in [&pair.client, &pair.server] {
+                pair.bed.change_settings(pod, "accelerate: off").unwrap();
+            }
+            for agent in pair.agents() {
+                agent.wait_for_acceleration("off").unwrap();
+            }
+        }
+        for (turn, (client, server)) in (0..).zip(&connections) {
+            // The third one's reader stalls until what is redirected isn't taken any more.
+            let length = if turn == 2 { 6 * MIB } else { 100 * turn + 1 };
+            for (side, from, to) in [(0, client, server), (1, server, client)] {
+                thread::scope(|scope| {
+                    scope.spawn(|| payload::send(from, 1, length).unwrap());
+                    thread::sleep(Duration::from_millis(if turn == 2 { 300 } else { 0 }));
+                    payload::receive(to, 1, length).unwrap();
+                });
+                sent[side] += length;
+            }
+        }
+    }
+    pair.wait_for_redirected(8).unwrap();
+    drop(connections);
+    pair.nothing_is_held().unwrap();
+    for (agent, direction) in pair.agents().into_iter().zip(["outbound", "inbound"]) {
+        let metrics = agent.metrics().unwrap();
+        let sum = |family, peer| {
+            let sum = metrics.sum(family, &[("direction", direction), ("peer", peer)]);
+            format!("{sum}")
+        };
+        let [asked, answered] = sent.map(|sent| sent.to_string());
+        assert_eq!(sum("tcp_read_bytes_total", "src"), asked);
+        assert_eq!(sum("tcp_read_bytes_total", "dst"), answered);
+        assert_eq!(sum("tcp_write_bytes_total", "src"), answered);
+        assert_eq!(sum("tcp_write_bytes_total", "dst"), asked);
+    }
+}

@@ -24,8 +24,8 @@ use crate::steer::{Credit, Queues};
 /// What one read takes at first. It grows while reads fill it. With the head of its frame it fills
 /// TLS records to the last byte, since a few bytes that are left over cost a record as well.
 const MIN_CHUNK: usize = 16 * 1024 - hbone::FRAME_HEAD;
-/// 15 records, which with their heads fit in four of the kernel's largest segments, at any MTU up to 16 KiB
-/// and over the loopback. 16 are some bytes more than that, for which a fifth segment crosses the network.
+/// 15 records, which with their heads fit in four of the kernel's largest segments, at any MTU up to
+/// 16 KiB and over the loopback. 16 are some bytes more, for which a fifth would cross the network.
 pub(super) const MAX_CHUNK: usize = 15 * 16 * 1024 - hbone::FRAME_HEAD;
 /// Chunks up to this size are copied out of the worker's buffer: a slice would pin all of it.
 const COPIED: usize = 16 * 1024;

@@ -2,6 +2,7 @@
 //! up is taken away when it is withdrawn.
 
 mod audit;
+mod degradation;
 mod interfaces;
 
 use std::{
@@ -14,6 +15,7 @@ use std::{
 use malla_common::{Address, PodEntry, acceleration::Tag, pod_flags, ports};
 use tokio::{sync::Notify, task::JoinHandle};
 
+pub use self::degradation::Degradation;
 use self::interfaces::Interfaces;
 use super::{
     attach::{Attacher, Hook},
@@ -34,38 +36,6 @@ use super::{
     withdraw,
 };
 use crate::model::{Accelerate, InterfaceMode, Workload, WorkloadId};
-
-/// Why a pod isn't served as it should be, though it is enrolled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Degradation {
-    /// An interface can't be steered and was set down.
-    InterfaceRefused,
-    /// An interface can't be steered and was left as it is.
-    InterfaceUnsteered,
-    /// The app listens on the mesh port: it isn't reached there from outside the pod.
-    MeshPort,
-    /// The audit found something that it couldn't put right.
-    Unhealed,
-}
-
-impl Degradation {
-    pub const ALL: [Self; 4] = [
-        Self::InterfaceRefused,
-        Self::InterfaceUnsteered,
-        Self::MeshPort,
-        Self::Unhealed,
-    ];
-
-    /// The word for metrics.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::InterfaceRefused => "interface_refused",
-            Self::InterfaceUnsteered => "interface_unsteered",
-            Self::MeshPort => "mesh_port",
-            Self::Unhealed => "unhealed",
-        }
-    }
-}
 
 /// A pod that is steered. Dropping it ends the watch and leaves the pod closed.
 pub struct Enrolment {

@@ -15,7 +15,7 @@ use std::{
 };
 
 use malla_testbed::{
-    PATIENCE, Pair, PodSpec, Polled, Testbed, accept, eventually, listen, payload,
+    PATIENCE, Pair, PodSpec, Polled, Testbed, accept, eventually, listen, payload, set_option,
 };
 use nix::{
     errno::Errno,
@@ -345,26 +345,6 @@ fn two_hundred_writers_wait_for_readers_that_stall_for_a_minute() {
     pair.nothing_is_held().unwrap();
 }
 
-/// Sets a socket option that is a number or a word.
-fn set_option(
-    socket: &TcpStream,
-    (level, name): (libc::c_int, libc::c_int),
-    value: &[u8],
-) -> Result<(), Errno> {
-    let length = libc::socklen_t::try_from(value.len()).unwrap();
-    // SAFETY: the value lives across the call and has the length that is passed.
-    let done = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            level,
-            name,
-            value.as_ptr().cast(),
-            length,
-        )
-    };
-    Errno::result(done).map(drop)
-}
-
 #[test]
 fn kernel_tls_and_zero_copy_are_refused_to_accelerated_sockets_alone() {
     let (tls, zero_copy) = (
@@ -372,12 +352,15 @@ fn kernel_tls_and_zero_copy_are_refused_to_accelerated_sockets_alone() {
         (libc::SOL_SOCKET, libc::SO_ZEROCOPY),
     );
     let on = 1_i32.to_ne_bytes();
+    let set = |socket: &TcpStream, option, value: &[u8]| {
+        set_option(socket, option, value).map_err(|error| Errno::try_from(error).unwrap())
+    };
     let pair = Pair::accelerated().unwrap();
     let (client, server) = pair.polled_connection().unwrap();
     for turn in 0..3 {
         for (from, to) in [(&client, &server), (&server, &client)] {
-            assert_eq!(set_option(&from.0, tls, b"tls"), Err(Errno::EPERM));
-            assert_eq!(set_option(&from.0, zero_copy, &on), Err(Errno::EPERM));
+            assert_eq!(set(&from.0, tls, b"tls"), Err(Errno::EPERM));
+            assert_eq!(set(&from.0, zero_copy, &on), Err(Errno::EPERM));
             payload::send(from, turn, MIB / 4).unwrap();
             payload::receive(to, turn, MIB / 4).unwrap();
         }
@@ -389,9 +372,9 @@ fn kernel_tls_and_zero_copy_are_refused_to_accelerated_sockets_alone() {
         let plain = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         (plain, listener.accept().unwrap())
     });
-    assert_eq!(set_option(&plain, zero_copy, &on), Ok(()));
+    assert_eq!(set(&plain, zero_copy, &on), Ok(()));
     // As the kernel has it, which may have none.
-    let answer = set_option(&plain, tls, b"tls");
+    let answer = set(&plain, tls, b"tls");
     assert!(matches!(answer, Ok(()) | Err(Errno::ENOENT)), "{answer:?}");
 }
 

@@ -3,13 +3,12 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
 
 use std::{
-    io,
     net::{IpAddr, SocketAddr},
     os::fd::AsRawFd,
     time::Duration,
 };
 
-use malla_testbed::{Caller, Fate, PORT, Pod, PodSpec, SECRET, Testbed, say};
+use malla_testbed::{Caller, Fate, PORT, Pod, PodSpec, SECRET, Testbed, say, set_option};
 use socket2::{Protocol, Socket};
 
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -49,25 +48,6 @@ fn assert_meshed_then_refused(
     assert_eq!(wire.missed().unwrap(), 0);
 }
 
-/// Sets an option of a socket.
-fn set(socket: &Socket, level: i32, name: i32, value: &[u8]) -> io::Result<()> {
-    // SAFETY: the value is valid for reads of the length given.
-    let done = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            level,
-            name,
-            value.as_ptr().cast(),
-            libc::socklen_t::try_from(value.len()).unwrap(),
-        )
-    };
-    if done == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
 #[test]
 fn a_multipath_socket_is_meshed_or_refused() {
     assert_meshed_then_refused(|_| true, |pod| pod.caller().speaking(Protocol::MPTCP));
@@ -82,7 +62,8 @@ fn a_socket_that_is_bound_to_its_interface_is_meshed_or_refused() {
 #[test]
 fn a_socket_with_options_in_its_ipv4_header_is_meshed_or_refused() {
     // Forty times "no operation": the longest header that there is.
-    let options = |socket: &Socket| set(socket, libc::IPPROTO_IP, libc::IP_OPTIONS, &[1; 40]);
+    let options =
+        |socket: &Socket| set_option(socket, (libc::IPPROTO_IP, libc::IP_OPTIONS), &[1; 40]);
     assert_meshed_then_refused(|to| to.is_ipv4(), |pod| pod.caller().preparing(options));
 }
 
@@ -91,7 +72,7 @@ fn a_socket_with_extension_headers_in_its_ipv6_packets_is_meshed_or_refused() {
     // Destination options that are padding only.
     let options = |socket: &Socket| {
         let header = [0, 0, 1, 4, 0, 0, 0, 0];
-        set(socket, libc::IPPROTO_IPV6, libc::IPV6_DSTOPTS, &header)
+        set_option(socket, (libc::IPPROTO_IPV6, libc::IPV6_DSTOPTS), &header)
     };
     assert_meshed_then_refused(|to| to.is_ipv6(), |pod| pod.caller().preparing(options));
 }
@@ -102,8 +83,8 @@ fn a_socket_that_sends_its_first_bytes_with_the_syn_is_meshed_or_refused() {
     const NO_COOKIE: i32 = 34;
     let eager = |socket: &Socket| {
         let on = 1_i32.to_ne_bytes();
-        set(socket, libc::IPPROTO_TCP, NO_COOKIE, &on)?;
-        set(socket, libc::IPPROTO_TCP, libc::TCP_FASTOPEN_CONNECT, &on)
+        set_option(socket, (libc::IPPROTO_TCP, NO_COOKIE), &on)?;
+        set_option(socket, (libc::IPPROTO_TCP, libc::TCP_FASTOPEN_CONNECT), &on)
     };
     assert_meshed_then_refused(|_| true, |pod| pod.caller().preparing(eager));
 }

@@ -14,6 +14,9 @@ use malla_testbed::{Capture, PATIENCE, Pair, Way, eventually, on_each_way, packe
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::SockRef;
 
+/// What an end says last.
+const LAST: &[u8] = b"the last bytes";
+
 /// How late an end is that speaks late: long after everything else has come to rest.
 const LATE: Duration = Duration::from_millis(700);
 
@@ -31,6 +34,7 @@ on_each_way!(
     a_reset_reaches_an_end_that_does_not_read,
     what_came_before_a_reset_can_be_read,
     what_a_server_wrote_before_it_ended_is_all_read,
+    an_end_that_comes_with_the_last_bytes_goes_on_with_them,
 );
 
 fn an_answer_after_a_half_close_arrives_whole(pair: &Pair) {
@@ -247,6 +251,50 @@ fn what_a_server_wrote_before_it_ended_is_all_read(pair: &Pair) {
     });
     let resets: Vec<_> = resets.collect();
     assert!(resets.is_empty(), "{resets:?}");
+}
+
+/// A client that closes once it has its answer leaves the port that it had in `TIME_WAIT` for a minute,
+/// unless it has been told by then that the server has closed first.
+fn an_end_that_comes_with_the_last_bytes_goes_on_with_them(pair: &Pair) {
+    for server_ends in [false, true] {
+        let pod = if server_ends {
+            &pair.client
+        } else {
+            &pair.server
+        };
+        let captures = ["lo", "eth0"].map(|name| Capture::start(pod.netns(), name).unwrap());
+        for _ in 0..20 {
+            let (client, server) = pair.connection().unwrap();
+            let (ends, mut reads) = if server_ends {
+                (server, client)
+            } else {
+                (client, server)
+            };
+            let reader = reads.local_addr().unwrap().port();
+            SockRef::from(&ends)
+                .send_with_flags(LAST, libc::MSG_MORE)
+                .unwrap();
+            ends.shutdown(Shutdown::Write).unwrap();
+            let mut received = Vec::new();
+            reads.read_to_end(&mut received).unwrap();
+            assert_eq!(received, LAST);
+            let flags = || {
+                let packets = captures.iter().flat_map(Capture::tcp);
+                let mut last =
+                    packets.filter(|seen| seen.to.port() == reader && seen.payload == LAST);
+                last.next().map(|seen| seen.flags)
+            };
+            eventually("the packet with the last bytes", PATIENCE, || {
+                flags().is_some()
+            })
+            .unwrap();
+            assert!(
+                flags().unwrap() & packet::FIN != 0,
+                "server ends: {server_ends}"
+            );
+            reset(ends);
+        }
+    }
 }
 
 /// By PINGs in a tunnel and by keepalive elsewhere: each takes 30 to 40 s to be sure.

@@ -9,8 +9,9 @@ use std::{
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
+use socket2::SockRef;
 use tokio::{
-    io::AsyncWrite,
+    io::{AsyncWrite, Interest},
     net::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
@@ -39,6 +40,18 @@ pub(super) struct Buffers {
     queues: Arc<Queues>,
 }
 
+/// What comes behind the bytes of a read.
+#[derive(Debug)]
+pub(super) enum Then {
+    /// Perhaps more, later.
+    More,
+    /// The end of the stream, which goes on with the bytes. Apps look where the end comes: one that
+    /// closes first keeps its port in `TIME_WAIT`, so a client that is told of an answer's end only
+    /// after the answer would run out of ports where the server was to close.
+    End,
+    Failed(io::Error),
+}
+
 /// Which of the two ends failed.
 #[derive(Debug)]
 pub(super) enum Moving {
@@ -51,6 +64,7 @@ pub(super) struct Moved {
     pub bytes: usize,
     /// What of it the writer didn't take.
     pub rest: Bytes,
+    pub then: Then,
 }
 
 impl Buffers {
@@ -72,10 +86,11 @@ impl Buffers {
         cx: &mut Context<'_>,
         pace: &mut Pace,
         reader: &mut ReadHalf<'_>,
-    ) -> Poll<io::Result<Bytes>> {
+    ) -> Poll<io::Result<(Bytes, Then)>> {
         let mut buffer = self.buffer.borrow_mut();
-        let read = ready!(self.poll_into(&mut buffer, cx, pace, reader))?;
-        Poll::Ready(Ok(take(&mut buffer, 0, read)))
+        let then = ready!(self.poll_into(&mut buffer, cx, pace, reader))?;
+        let read = buffer.len();
+        Poll::Ready(Ok((take(&mut buffer, 0, read), then)))
     }
 
     /// Reads one chunk and writes what the writer takes of it at once, without a copy.
@@ -88,14 +103,16 @@ impl Buffers {
         credit: Option<&mut Credit>,
     ) -> Poll<Result<Moved, Moving>> {
         let mut buffer = self.buffer.borrow_mut();
-        let read = ready!(self.poll_into(&mut buffer, cx, pace, reader)).map_err(Moving::Read)?;
+        let then = ready!(self.poll_into(&mut buffer, cx, pace, reader)).map_err(Moving::Read)?;
+        let read = buffer.len();
+        let is_last = matches!(then, Then::End);
         let at_once = credit
             .as_ref()
             .map_or(read, |credit| credit.left().min(read));
         let written = if at_once == 0 {
             0
         } else {
-            match poll_write(cx, writer, &buffer[..at_once], credit.as_deref()) {
+            match poll_write(cx, writer, &buffer[..at_once], credit.as_deref(), is_last) {
                 Poll::Ready(Ok(written)) => {
                     if let Some(credit) = credit {
                         credit.wrote(written, at_once);
@@ -113,17 +130,18 @@ impl Buffers {
             }
         };
         let rest = take(&mut buffer, written, read);
-        Poll::Ready(Ok(Moved { bytes: read, rest }))
+        let bytes = read;
+        Poll::Ready(Ok(Moved { bytes, rest, then }))
     }
 
-    /// Reads at most one chunk into the empty buffer.
+    /// Reads at most one chunk into the empty buffer, and leaves it empty where the stream has ended.
     fn poll_into(
         &self,
         buffer: &mut BytesMut,
         cx: &mut Context<'_>,
         pace: &mut Pace,
         reader: &mut ReadHalf<'_>,
-    ) -> Poll<io::Result<usize>> {
+    ) -> Poll<io::Result<Then>> {
         let size = pace.chunk();
         if buffer.capacity() < size {
             // One block serves several reads of bulk data, and no block is larger than that.
@@ -136,7 +154,22 @@ impl Buffers {
             ready!(poll_read_buf(Pin::new(reader), cx, &mut limited))?
         };
         pace.filled(read);
-        Poll::Ready(Ok(read))
+        if read == 0 || read == size {
+            let then = if read == 0 { Then::End } else { Then::More };
+            return Poll::Ready(Ok(then));
+        }
+        // After a read that emptied the socket it is ready only for its end, which the same event has
+        // told of, or where it is read until it is empty.
+        if reader.as_ref().poll_read_ready(cx).is_pending() {
+            return Poll::Ready(Ok(Then::More));
+        }
+        let then = match reader.try_read_buf(&mut limited) {
+            Ok(0) => Then::End,
+            Ok(_) => Then::More,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Then::More,
+            Err(error) => Then::Failed(error),
+        };
+        Poll::Ready(Ok(then))
     }
 }
 
@@ -158,19 +191,40 @@ fn poll_until_empty(
 
 /// Writes, and where it may be redirected waits only when the kernel has said that there is no room.
 /// tokio's own write waits after one that was cut short, as for want of memory: no event tells of its
-/// end, since nothing is on its way.
+/// end, since nothing is on its way. What `is_last` goes with the end of the stream, in one packet.
 pub(super) fn poll_write(
     cx: &mut Context<'_>,
     writer: &mut WriteHalf<'_>,
     bytes: &[u8],
     credit: Option<&Credit>,
+    is_last: bool,
 ) -> Poll<io::Result<usize>> {
     if credit.is_none_or(Credit::is_by_tcp) {
+        if is_last {
+            return poll_write_last(cx, writer.as_ref(), bytes);
+        }
         return Pin::new(writer).poll_write(cx, bytes);
     }
     loop {
         ready!(writer.as_ref().poll_write_ready(cx))?;
         match writer.try_write(bytes) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            done => return Poll::Ready(done),
+        }
+    }
+}
+
+/// Writes what the kernel is to keep until the socket is shut down, which must follow: it waits for
+/// 200 ms at most (tcp(7), `TCP_CORK`).
+fn poll_write_last(
+    cx: &mut Context<'_>,
+    socket: &TcpStream,
+    bytes: &[u8],
+) -> Poll<io::Result<usize>> {
+    loop {
+        ready!(socket.poll_write_ready(cx))?;
+        let send = || SockRef::from(socket).send_with_flags(bytes, libc::MSG_MORE);
+        match socket.try_io(Interest::WRITABLE, send) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             done => return Poll::Ready(done),
         }

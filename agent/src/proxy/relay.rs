@@ -28,7 +28,7 @@ use tokio::{
 
 use super::{
     activity::Activity,
-    buffers::{Buffers, Moved, Moving, Pace, poll_write},
+    buffers::{Buffers, Moved, Moving, Pace, Then, poll_write},
     record::Record,
 };
 use crate::{
@@ -273,16 +273,16 @@ impl<'a> Relay<'a> {
                 Moving::Read(error) => side.failed(error),
                 Moving::Write(error) => side.other().failed(error),
             })?;
-            let Moved { bytes, mut rest } = moved;
-            if bytes == 0 {
-                // Fails when the other side is gone already, which its own reader notices.
-                let _ = writer.shutdown().await;
-                return Ok(());
-            }
+            let Moved {
+                bytes,
+                mut rest,
+                then,
+            } = moved;
             if !rest.is_empty() {
+                let is_last = matches!(then, Then::End);
                 tokio::select! {
                     biased;
-                    written = self.write(&mut writer, &mut rest, &mut credit) => {
+                    written = self.write(&mut writer, &mut rest, &mut credit, is_last) => {
                         written.map_err(|error| side.other().failed(error))?;
                     }
                     end = Box::pin(reset_of(reader, side)) => return Err(end),
@@ -290,7 +290,15 @@ impl<'a> Relay<'a> {
             }
             side.sent(self.records, bytes);
             self.activity.happened();
-            pace.rest(bytes).await;
+            match then {
+                Then::More => pace.rest(bytes).await,
+                Then::End => {
+                    // Fails when the other side is gone already, which its own reader notices.
+                    let _ = writer.shutdown().await;
+                    return Ok(());
+                }
+                Then::Failed(error) => return Err(side.failed(error)),
+            }
         }
     }
 
@@ -310,10 +318,11 @@ impl<'a> Relay<'a> {
                 }
                 poll_reset(cx, send, side, receiving).map(Err)
             });
-            let mut chunk = match read.await {
+            let (mut chunk, then) = match read.await {
                 Ok(read) => read.map_err(|error| side.failed(error))?,
                 Err(ended) => return ended,
             };
+            let is_last = matches!(then, Then::End);
             if chunk.is_empty() {
                 // Refused only by a stream that has ended, which `stream_to_socket` notices.
                 let _ = send.send_data(chunk, true);
@@ -336,13 +345,17 @@ impl<'a> Relay<'a> {
                     }
                 }
                 let part = chunk.split_to(send.capacity().min(chunk.len()));
-                if let Err(error) = send.send_data(part, false) {
+                if let Err(error) = send.send_data(part, is_last && chunk.is_empty()) {
                     return stream_ended(&error, side.other());
                 }
             }
             side.sent(self.records, bytes);
             self.activity.happened();
-            pace.rest(bytes).await;
+            match then {
+                Then::More => pace.rest(bytes).await,
+                Then::End => return Ok(()),
+                Then::Failed(error) => return Err(side.failed(error)),
+            }
         }
     }
 
@@ -366,9 +379,10 @@ impl<'a> Relay<'a> {
                 None => break,
             };
             let bytes = chunk.len();
+            let is_last = receive.is_end_stream();
             // Heard of by the other direction only while the write is not done at once.
             receiving.set(Receiving::Stalls);
-            self.write(&mut writer, &mut chunk, &mut credit)
+            self.write(&mut writer, &mut chunk, &mut credit, is_last)
                 .await
                 .map_err(|error| side.failed(error))?;
             receiving.set(Receiving::Flows);
@@ -383,12 +397,14 @@ impl<'a> Relay<'a> {
         Ok(())
     }
 
-    /// Writes all of `bytes`; each part of it is activity.
+    /// Writes all of `bytes`; each part of it is activity. Behind what `is_last`, the socket is to be
+    /// shut down.
     async fn write(
         &self,
         writer: &mut WriteHalf<'_>,
         bytes: &mut Bytes,
         credit: &mut Option<Box<Credit>>,
+        is_last: bool,
     ) -> io::Result<()> {
         while !bytes.is_empty() {
             let mut most = bytes.len();
@@ -398,7 +414,8 @@ impl<'a> Relay<'a> {
                 }
                 most = most.min(credit.left());
             }
-            let writing = poll_fn(|cx| poll_write(cx, writer, &bytes[..most], credit.as_deref()));
+            let writing =
+                poll_fn(|cx| poll_write(cx, writer, &bytes[..most], credit.as_deref(), is_last));
             let written = match writing.await {
                 Ok(written) => written,
                 Err(error) => {

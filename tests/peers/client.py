@@ -2,6 +2,7 @@
 """An HBONE client that does what the lines of its input say, and tells what came of it.
 
     connect N AUTHORITY      opens connection N with a CONNECT
+    within N AUTHORITY MS    a CONNECT that another server is tried after
     request N METHOD AUTHORITY   another method
     padded N AUTHORITY SIZE  a CONNECT with SIZE bytes in a header
     churn AUTHORITY COUNT BATCH  opens COUNT connections, BATCH at a time, each reset at once
@@ -13,6 +14,7 @@
     certificate              what the server's certificate says
     raw TEXT                 bytes that aren't HTTP/2
     status N, finish N, tell N   wait for the answer, for the end; tell what came so far
+    header N NAME            that of the answer
     until N SIZE             waits until SIZE bytes have come
     settle N                 reads until N is given no more bytes for half a second
 
@@ -72,6 +74,9 @@ class Client:
 
     def do_connect(self, name, authority):
         self.open(name, "CONNECT", authority)
+
+    def do_within(self, name, authority, limit):
+        self.open(name, "CONNECT", authority, {"malla-connect-within": limit})
 
     def do_request(self, name, method, authority):
         self.open(name, method, authority)
@@ -138,6 +143,10 @@ class Client:
         _, stream = self.of(name)
         self.wait(lambda: stream.headers is not None or stream.is_over)
         print(name, stream.header(":status") or f"reset {stream.reset}")
+
+    def do_header(self, name, header):
+        _, stream = self.of(name)
+        print(name, stream.header(header) or "no header")
 
     def do_finish(self, name):
         _, stream = self.of(name)

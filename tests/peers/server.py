@@ -10,6 +10,10 @@
     14    cuts the tunnel after the first bytes
     15    says GOAWAY at the first bytes, then echoes as 7
     16    cuts the server's first tunnel in place of an answer, and echoes in later ones
+    17    answers only when data has come, then echoes
+    18    cuts the tunnel when data comes in place of an answer
+    19    refuses the stream when data comes in the server's first tunnel, and echoes in later ones
+    20    says GOAWAY without it when data comes in the server's first tunnel, and echoes in later ones
     other  answers with that status and ends
 
 It prints one line for each tunnel, for each request and for each stream that has ended.
@@ -28,8 +32,10 @@ from hyperframe.frame import GoAwayFrame
 import hbone
 
 ECHO, STALL, ANSWER_LAST, END_FIRST, RESET, SILENCE, CUT = 7, 9, 10, 11, 12, 13, 14
-LEAVE, CUT_FIRST = 15, 16
-CARRIED = {ECHO, STALL, ANSWER_LAST, END_FIRST, RESET, CUT, LEAVE, CUT_FIRST}
+LEAVE, CUT_FIRST, ANSWER_DATA, CUT_AT_DATA, REFUSE_DATA, LEAVE_DATA = 15, 16, 17, 18, 19, 20
+UNANSWERED = {ANSWER_DATA, CUT_AT_DATA, REFUSE_DATA, LEAVE_DATA}
+ECHOED = {ECHO, LEAVE, CUT_FIRST} | UNANSWERED
+CARRIED = {STALL, ANSWER_LAST, END_FIRST, RESET, CUT} | ECHOED
 ANSWER = b"a" * (1 << 20)
 
 
@@ -47,6 +53,8 @@ class Server:
         # A strict end's first word is late: the client doesn't know the limit when it exceeds it.
         mute = options.strict and is_first
         self.tunnel = hbone.Tunnel(tls, is_client=False, stream_limit=options.streams, mute=mute)
+        self.optimistic = options.optimistic
+        self.answered = set()
         self.ports = {}
         self.leaves = False
 
@@ -82,37 +90,65 @@ class Server:
         names = [name for name, _ in stream.headers]
         say("request", stream.header(":method"), authority, ",".join(names))
         say("headers", *(f"{n}={v}" for n, v in stream.headers if not n.startswith(":")))
-        if port == SILENCE:
+        if port == SILENCE or self.waits_for_data(port):
             return
         if port == CUT_FIRST and self.is_first:
             raise Cut
-        status = 200 if port in CARRIED else port
-        stream.holds = port == STALL
-        head = [(":status", str(status))]
-        self.tunnel.h2.send_headers(number, head, end_stream=port not in CARRIED)
+        self.answer_request(number)
         if port == END_FIRST:
             self.tunnel.send(number, b"bye", end=True)
 
+    def waits_for_data(self, port):
+        return port == ANSWER_DATA or port in UNANSWERED and (self.is_first or port == CUT_AT_DATA)
+
+    def answer_request(self, number):
+        port, stream = self.ports[number], self.tunnel.stream(number)
+        status = 200 if port in CARRIED else port
+        stream.holds = port == STALL
+        self.answered.add(number)
+        head = [(":status", str(status))]
+        if self.optimistic:
+            head.append(("malla-optimistic-data", "?1"))
+        self.tunnel.h2.send_headers(number, head, end_stream=port not in CARRIED)
+
+    def data_before_answer(self, number):
+        port = self.ports[number]
+        say("data before the answer", port)
+        if port == CUT_AT_DATA:
+            raise Cut
+        if port == REFUSE_DATA:
+            self.tunnel.stream(number).reset = "REFUSED_STREAM"
+            self.tunnel.reset(number, h2.errors.ErrorCodes.REFUSED_STREAM)
+        elif port == LEAVE_DATA:
+            self.leave(before=number)
+        else:
+            self.answer_request(number)
+
     def data(self, number, data):
         port = self.ports[number]
+        if number not in self.answered:
+            self.data_before_answer(number)
+        if number not in self.answered:
+            return
         if port == LEAVE and not self.leaves:
             self.leave()
-        if port in (ECHO, LEAVE, CUT_FIRST):
+        if port in ECHOED:
             self.tunnel.send(number, data)
         elif port == RESET:
             self.tunnel.reset(number, h2.errors.ErrorCodes.CONNECT_ERROR)
         elif port == CUT:
             raise Cut
 
-    def leave(self):
+    def leave(self, before=None):
         # By hand: `h2` would close the connection with it, and the streams that there are go on.
         self.leaves = True
-        goaway = GoAwayFrame(0, last_stream_id=max(self.ports))
+        last = max(self.ports) if before is None else before - 2
+        goaway = GoAwayFrame(0, last_stream_id=last)
         self.tls.sendall(goaway.serialize())
         say("leaving")
 
     def client_ended(self, number):
-        if self.ports[number] in (ECHO, ANSWER_LAST, LEAVE, CUT_FIRST):
+        if self.ports[number] in ECHOED | {ANSWER_LAST}:
             answer = ANSWER if self.ports[number] == ANSWER_LAST else b""
             self.tunnel.send(number, answer, end=True)
         self.tell_end(number)
@@ -159,6 +195,7 @@ def main():
     parser.add_argument("--raw", help="bytes to send inside TLS instead of all HTTP/2")
     parser.add_argument("--streams", type=int, help="how many streams a tunnel may have")
     parser.add_argument("--strict", action="store_true", help="refuse streams over that limit")
+    parser.add_argument("--optimistic", action="store_true", help="say that data may come first")
     options = parser.parse_args()
     alpn = () if options.alpn == "none" else (options.alpn,)
     context = hbone.context(False, options.anchors, options.certificate, alpn)

@@ -59,6 +59,7 @@ mod process;
 mod raw;
 mod scene;
 mod services;
+mod silence;
 mod socket_option;
 mod sockets;
 mod spec;

@@ -29,7 +29,11 @@ pub struct Services {
 impl Services {
     /// A scene with so many meshed endpoints, `web-0` and so on.
     pub fn new(endpoints: usize) -> Result<Self> {
-        let mut bed = Testbed::new("services")?;
+        Self::on(Testbed::new("services")?, endpoints)
+    }
+
+    /// The same on a bed that has no node yet.
+    pub fn on(mut bed: Testbed, endpoints: usize) -> Result<Self> {
         let nodes = [bed.node("a")?, bed.node("b")?];
         let client = bed.pod(&nodes[0], PodSpec::new("client"))?;
         let mut services = Self {

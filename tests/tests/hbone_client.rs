@@ -106,6 +106,45 @@ fn data_flows_both_ways_over_both_families_and_the_app_sees_the_client() {
     assert_eq!(app.results().unwrap(), world.stranger.addresses());
 }
 
+/// Which it says once: a peer that isn't told of it waits.
+#[test]
+fn an_agent_takes_data_before_its_answer_and_says_so_in_its_first_one() {
+    let world = World::new("peer-optimistic");
+    let app = world.app(2, echo);
+    let said = world.talk(
+        "connect 1 APP\nsend 1 hello\nend 1\nstatus 1\nheader 1 malla-optimistic-data\nfinish 1\n\
+         connect 2 APP\nsend 2 again\nend 2\nstatus 2\nheader 2 malla-optimistic-data\nfinish 2\n",
+    );
+    let expected = [
+        "1 200",
+        "1 ?1",
+        "1 end hello",
+        "2 200",
+        "2 no header",
+        "2 end again",
+    ];
+    assert_eq!(said, expected);
+    app.results().unwrap();
+}
+
+#[test]
+fn a_server_that_does_not_accept_in_a_peers_time_hears_nothing_of_it() {
+    let world = World::new("peer-within");
+    // As long as the test, had the peer said nothing.
+    world
+        .bed
+        .change_settings(&world.server, "mtls: strict\nmeshConnectTimeout: 60s")
+        .unwrap();
+    world.server.swallow_openings(PORT).unwrap();
+    for limit in ["0", "300"] {
+        let said = world.talk(&format!("within 1 APP {limit}\nsend 1 hello\nstatus 1\n"));
+        assert_eq!(said, ["1 503"]);
+    }
+    // A limit that isn't a number is none.
+    let said = world.talk("within 1 APP soon\nsend 1 hello\nsettle 1\n");
+    assert_eq!(said, ["1 open "]);
+}
+
 #[test]
 fn a_connect_over_ipv4_may_be_to_the_pods_ipv6_address() {
     let world = World::new("peer-families");

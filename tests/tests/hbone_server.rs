@@ -29,6 +29,10 @@ const SILENCE: u16 = 13;
 const CUT: u16 = 14;
 const LEAVE: u16 = 15;
 const CUT_FIRST: u16 = 16;
+const ANSWER_DATA: u16 = 17;
+const CUT_AT_DATA: u16 = 18;
+const REFUSE_DATA: u16 = 19;
+const LEAVE_DATA: u16 = 20;
 
 /// A pod under an agent, and one whose mesh port is served by something else.
 struct World {
@@ -275,6 +279,86 @@ fn a_connection_whose_tunnel_breaks_before_the_answer_goes_by_another() {
     let world = World::new("peer-out-again", &[]);
     assert_eq!(ask(&world.connect(CUT_FIRST), b"hello"), b"hello");
     assert_eq!(world.server.log().matches("tunnel ").count(), 2);
+}
+
+/// A server that takes data before its answer, and a tunnel in which it has said so.
+fn optimistic(name: &str) -> World {
+    let world = World::new(name, &["--optimistic"]);
+    assert_eq!(ask(&world.connect(ECHO), b"first"), b"first");
+    world
+}
+
+#[test]
+fn what_an_app_says_goes_with_its_connect_to_who_takes_it() {
+    let world = optimistic("peer-out-data");
+    // The end comes with the word; the word, when the connection has been asked for already; and more
+    // than goes at once.
+    for (late, length) in [(0, 5), (20, 5), (0, BULK)] {
+        let said = vec![b's'; length];
+        // An app that is so slow that the tunnel owes an answer meanwhile is not heard before it.
+        let heard = || {
+            let stream = world.connect(ANSWER_DATA);
+            thread::sleep(Duration::from_millis(late));
+            (&stream).write_all(&said).ok()?;
+            stream.shutdown(Shutdown::Write).ok()?;
+            let mut answer = Vec::new();
+            (&stream).read_to_end(&mut answer).ok()?;
+            Some(answer)
+        };
+        let answer = (0..3).find_map(|_| heard()).unwrap();
+        assert!(answer == said, "{} bytes", answer.len());
+    }
+    assert_eq!(ask(&world.connect(ANSWER_LAST), b"?").len(), BULK);
+    world.server_says(&format!("ended {ANSWER_LAST} end 1\n"));
+    assert_eq!(world.server.log().matches("tunnel ").count(), 1);
+}
+
+#[test]
+fn what_an_app_says_waits_for_the_answer_of_who_does_not_take_it() {
+    let world = World::new("peer-out-late", &[]);
+    assert_eq!(ask(&world.connect(ECHO), b"first"), b"first");
+    let mut stream = world.connect(ANSWER_DATA);
+    stream.write_all(b"hello").unwrap();
+    world.server_says(&format!(":{ANSWER_DATA} "));
+    thread::sleep(Duration::from_millis(300));
+    let log = world.server.log();
+    assert!(!log.contains("data before the answer"), "{log}");
+}
+
+#[test]
+fn what_a_peer_leaves_unprocessed_is_said_to_another_tunnel() {
+    for (name, port) in [("refused", REFUSE_DATA), ("left", LEAVE_DATA)] {
+        let world = optimistic(&format!("peer-out-{name}"));
+        assert_eq!(ask(&world.connect(port), b"hello"), b"hello");
+        world.server_says(&format!("data before the answer {port}\n"));
+        world.server_says(&format!("ended {port} end 5\n"));
+        assert_eq!(world.server.log().matches("tunnel ").count(), 2);
+    }
+}
+
+#[test]
+fn what_a_server_may_have_heard_is_not_said_twice() {
+    let world = optimistic("peer-out-once");
+    let mut stream = world.connect(CUT_AT_DATA);
+    stream.write_all(b"hello").unwrap();
+    assert!(is_reset(Ok(stream)));
+    world.agent_logs("tunnel_lost");
+    assert_eq!(ask(&world.connect(ECHO), b"on"), b"on");
+    let log = world.server.log();
+    assert_eq!(log.matches("data before the answer").count(), 1, "{log}");
+}
+
+#[test]
+fn an_app_that_is_reset_before_the_answer_ends_its_stream() {
+    let world = optimistic("peer-out-gone");
+    let stream = world.connect(SILENCE);
+    world.server_says(&format!(":{SILENCE} "));
+    SockRef::from(&stream)
+        .set_linger(Some(Duration::ZERO))
+        .unwrap();
+    drop(stream);
+    world.server_says(&format!("ended {SILENCE} reset CANCEL 0\n"));
+    world.agent_logs("client_reset");
 }
 
 #[test]

@@ -5,7 +5,8 @@
 use std::{net::SocketAddr, time::Duration};
 
 use malla_testbed::{
-    Fate, PORT, Pod, PodSpec, Services, WEB, WEB_PORT, eventually, service_address as address,
+    Fate, PORT, Pod, PodSpec, Services, Testbed, WEB, WEB_PORT, eventually,
+    service_address as address,
 };
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -16,19 +17,10 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(4);
 /// The addresses of a Service without endpoints.
 const NONE: [&str; 2] = ["10.96.0.99", "fd96::99"];
 
-/// Makes a pod swallow what would open a connection to one of its ports, whoever sends it.
-fn deafen(pod: &Pod, port: u16) {
-    let rules = format!(
-        "table inet deaf {{ chain in {{ type filter hook input priority 0;\n\
-         tcp dport {port} tcp flags & (syn | ack) == syn drop\n}}\n}}\n"
-    );
-    let nft = pod.command(["nft", "-f", "-"]);
-    nft.input(rules).run().unwrap();
-}
-
 /// Calls each address of the Service, of which the first endpoint is silent and the second one
 /// isn't, until the silent one was tried.
 fn a_silent_first_endpoint_is_passed_by(services: &Services) {
+    let heard = services.accepted()[0];
     for ip in WEB {
         let mut passed_by = false;
         for _ in 0..30 {
@@ -44,12 +36,15 @@ fn a_silent_first_endpoint_is_passed_by(services: &Services) {
         assert!(passed_by, "{ip}: the silent endpoint was never tried");
     }
     let accepted = services.accepted();
-    assert_eq!(accepted[0], 0, "{accepted:?}");
+    assert_eq!(accepted[0], heard, "{accepted:?}");
 }
 
 /// A client with short limits, a first endpoint like `first`, and a second one in good order.
 fn two_endpoints(first: PodSpec) -> Services {
-    let mut services = Services::new(0).unwrap();
+    // What a tunnel's peer has said, each worker is told by its own.
+    let bed = Testbed::new("services").unwrap();
+    let bed = bed.with_agent_arguments(["--workers", "1"]);
+    let mut services = Services::on(bed, 0).unwrap();
     let nodes = services.nodes.clone();
     services.endpoint(&nodes[1], first).unwrap();
     let second = PodSpec::new("second");
@@ -70,21 +65,67 @@ fn two_endpoints(first: PodSpec) -> Services {
 #[test]
 fn a_meshed_endpoint_that_swallows_what_opens_tunnels_is_passed_by() {
     let services = two_endpoints(PodSpec::new("first"));
-    deafen(&services.endpoints[0], MESH);
+    services.endpoints[0].swallow_openings(MESH).unwrap();
     a_silent_first_endpoint_is_passed_by(&services);
 }
 
 #[test]
 fn a_meshed_endpoint_whose_app_swallows_what_opens_connections_is_passed_by() {
     let services = two_endpoints(PodSpec::new("first"));
-    deafen(&services.endpoints[0], PORT);
+    services.endpoints[0].swallow_openings(PORT).unwrap();
     a_silent_first_endpoint_is_passed_by(&services);
+}
+
+/// Calls both endpoints by both addresses, so that tunnels are there in which their agent has said
+/// that it takes what a client says before its app has answered.
+fn meet_both_endpoints(services: &Services) {
+    for ip in WEB {
+        let before = services.accepted();
+        let met = || {
+            let fate = services.client.caller().call(address(ip));
+            assert_eq!(fate, Fate::Echoed, "{ip}");
+            let accepted = services.accepted();
+            accepted
+                .iter()
+                .zip(&before)
+                .all(|(now, before)| now > before)
+        };
+        eventually("both endpoints to be called", LIMIT, met).unwrap();
+    }
+}
+
+#[test]
+fn an_endpoint_whose_app_falls_silent_is_passed_by_with_what_the_client_said() {
+    let services = two_endpoints(PodSpec::new("first"));
+    meet_both_endpoints(&services);
+    services.endpoints[0].swallow_openings(PORT).unwrap();
+    a_silent_first_endpoint_is_passed_by(&services);
+}
+
+/// Nobody knows whether it has heard the first client that spoke to it, which so is reset.
+#[test]
+fn an_endpoint_whose_agent_falls_silent_fails_one_connection_and_is_passed_by() {
+    let services = two_endpoints(PodSpec::new("first"));
+    meet_both_endpoints(&services);
+    services.endpoints[0].swallow_all(MESH).unwrap();
+    let mut failed = 0;
+    for _ in 0..30 {
+        let (fate, took) = services.client.caller().timed_call(address(WEB[0]));
+        if fate != Fate::Echoed {
+            assert_eq!(fate, Fate::Reset);
+            failed += 1;
+        } else if took >= CONNECT_LIMIT / 2 {
+            assert!(failed <= 1, "{failed} connections failed");
+            return;
+        }
+    }
+    panic!("the silent endpoint was not passed by, and {failed} connections failed");
 }
 
 #[test]
 fn an_unmeshed_endpoint_that_swallows_what_opens_connections_is_passed_by() {
     let services = two_endpoints(PodSpec::new("first").unmeshed());
-    deafen(&services.endpoints[0], PORT);
+    services.endpoints[0].swallow_openings(PORT).unwrap();
     a_silent_first_endpoint_is_passed_by(&services);
 }
 

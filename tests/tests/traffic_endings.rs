@@ -270,6 +270,11 @@ fn an_end_that_comes_with_the_last_bytes_goes_on_with_them(pair: &Pair) {
             } else {
                 (client, server)
             };
+            // While a connection is being opened, an agent may look just between the bytes and the end.
+            (&ends).write_all(b"?").unwrap();
+            reads.read_exact(&mut [0]).unwrap();
+            reads.write_all(b"!").unwrap();
+            (&ends).read_exact(&mut [0]).unwrap();
             let reader = reads.local_addr().unwrap().port();
             SockRef::from(&ends)
                 .send_with_flags(LAST, libc::MSG_MORE)

@@ -10,7 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use malla_testbed::{Link, Pair, Pod, PodSpec, Testbed, Way, accept, listen, payload, same_family};
+use malla_testbed::{
+    Fate, Impairment, Link, Pair, Pod, PodSpec, SERVICE_PORT, Testbed, Way, accept, listen,
+    payload, same_family,
+};
 
 const WAYS: [Way; 5] = [
     Way::Mesh,
@@ -218,4 +221,35 @@ fn an_app_whose_answers_to_a_client_find_no_neighbour_sees_its_pods_own_address(
     let metrics = pair.agents()[1].metrics().unwrap();
     let replaced = metrics.sum("malla_source_replaced_total", &[]);
     assert!((replaced - 4.0).abs() < 0.5, "{replaced}");
+}
+
+/// TCP without a mesh takes one for its opening and one for the question. A client's agent has opened
+/// its connection already, and what it says goes with the request for the rest of the way.
+#[test]
+fn the_first_answer_on_a_new_connection_takes_one_round_trip() {
+    const DELAY: Duration = Duration::from_millis(150);
+    let impairment = Impairment {
+        delay: DELAY,
+        ..Impairment::NONE
+    };
+    for (way, trips) in [(Way::Direct, 2), (Way::Mesh, 1), (Way::ToService, 1)] {
+        // Another worker would open a tunnel of its own.
+        let bed = Testbed::new("trips").unwrap();
+        let bed = bed.with_agent_arguments(["--workers", "1"]);
+        let bed = bed.with_link(Link::Wire(impairment));
+        let [client, server] =
+            ["client", "server"].map(|name| PodSpec::new(name).settings("meshConnectTimeout: 9s"));
+        let pair = Pair::on(bed, way, client, server).unwrap();
+        let _app = pair.server.echo(SERVICE_PORT).unwrap();
+        let call = || {
+            let (fate, took) = pair.client.caller().timed_call(pair.address(SERVICE_PORT));
+            assert_eq!(fate, Fate::Echoed, "{way:?}");
+            took
+        };
+        // The first one may take a tunnel's opening.
+        call();
+        let fastest = (0..3).map(|_| call()).min().unwrap();
+        let taken = fastest.as_millis() / (2 * DELAY).as_millis();
+        assert_eq!(taken, trips, "{way:?}: {fastest:?}");
+    }
 }

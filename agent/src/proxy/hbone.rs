@@ -1,9 +1,9 @@
 //! HBONE, as Istio's ztunnel speaks it: what stands in a CONNECT and in the HTTP/2 settings.
 
-use std::{fmt::Write, net::SocketAddr};
+use std::{fmt::Write, net::SocketAddr, time::Duration};
 
 use http::{
-    HeaderMap, HeaderValue, Method, Request, StatusCode,
+    HeaderMap, HeaderValue, Method, Request, Response, StatusCode,
     header::{FORWARDED, HeaderName},
     uri::{Authority, Uri},
 };
@@ -26,11 +26,23 @@ pub(super) const MAX_HEADERS: u32 = 64 * 1024;
 pub(super) const MAX_SEND_BUFFER: usize = 256 * 1024;
 /// Streams that a peer may have open in one tunnel. ztunnel's number.
 pub(super) const MAX_STREAMS: u32 = 200;
+/// Refused streams that are remembered for a second: data may be on its way to each, and where one isn't
+/// known any more h2 takes that for a fault, of which it counts no more than 1,024.
+pub(super) const MAX_RESET_STREAMS: usize = 1024;
 /// Streams that this agent opens in one tunnel.
 pub(super) const MAX_OWN_STREAMS: usize = 100;
 
 const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+
+/// An agent that answers with this takes data that comes with a CONNECT, before its answer, and keeps
+/// to [`CONNECT_WITHIN`]. A boolean (RFC 9651 §3.3.6); the word is that of
+/// draft-ietf-httpbis-optimistic-upgrade.
+const OPTIMISTIC_DATA: HeaderName = HeaderName::from_static("malla-optimistic-data");
+const TRUE: HeaderValue = HeaderValue::from_static("?1");
+/// How long the server may take to accept, in milliseconds, before the client goes another way: an
+/// integer (RFC 9651 §3.3.1). A number that isn't one is as none.
+const CONNECT_WITHIN: HeaderName = HeaderName::from_static("malla-connect-within");
 
 /// Why a request isn't carried: what is told to the peer, and the word for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,11 +51,13 @@ pub(super) struct Refusal {
     pub reason: Reason,
 }
 
-/// The CONNECT that opens a tunnel to `destination` for `client`, a connection of `source`.
+/// The CONNECT that opens a tunnel to `destination` for `client`, a connection of `source`. The peer is
+/// told when another destination will be tried.
 pub(super) fn connect(
     source: &Workload,
     client: SocketAddr,
     destination: SocketAddr,
+    within: Option<Duration>,
 ) -> Request<()> {
     let mut request = Request::new(());
     *request.method_mut() = Method::CONNECT;
@@ -55,7 +69,30 @@ pub(super) fn connect(
     insert(headers, BAGGAGE, &baggage(source));
     insert(headers, FORWARDED, &format!("for=\"{client}\""));
     insert(headers, TRACEPARENT, &traceparent());
+    if let Some(within) = within {
+        insert(headers, CONNECT_WITHIN, &within.as_millis().to_string());
+    }
     request
+}
+
+/// The time that the server has to accept, where the peer has said one.
+pub(super) fn within<B>(request: &Request<B>) -> Option<Duration> {
+    let said = request.headers().get(CONNECT_WITHIN)?.to_str().ok()?;
+    said.parse().ok().map(Duration::from_millis)
+}
+
+/// The answer to a CONNECT whose server is connected.
+pub(super) fn connected(tells_of_optimistic_data: bool) -> Response<()> {
+    let mut response = Response::new(());
+    if tells_of_optimistic_data {
+        response.headers_mut().insert(OPTIMISTIC_DATA, TRUE);
+    }
+    response
+}
+
+/// Whether the peer that has answered so takes data before its answer.
+pub(super) fn takes_optimistic_data<B>(response: &Response<B>) -> bool {
+    response.headers().get(OPTIMISTIC_DATA) == Some(&TRUE)
 }
 
 /// A header is left out where a workload's name doesn't fit in one.
@@ -141,7 +178,7 @@ mod tests {
             ("[fd00::2]:80", "[fd00::2]:80"),
         ] {
             let client = "10.0.0.1:40000".parse().unwrap();
-            let request = connect(&web(), client, destination_.parse().unwrap());
+            let request = connect(&web(), client, destination_.parse().unwrap(), None);
             assert_eq!(request.method(), Method::CONNECT);
             assert_eq!(request.uri().authority().unwrap().as_str(), authority);
             assert_eq!(request.uri().scheme(), None);

@@ -5,6 +5,7 @@ mod tunnelled;
 
 use std::{net::SocketAddr, pin::pin, rc::Rc, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use malla_common::Reason;
 use tokio::net::TcpStream;
 
@@ -20,7 +21,7 @@ use super::{
 };
 use crate::{
     ledger::{Accounted, Kind},
-    model::{MtlsMode, Workload},
+    model::MtlsMode,
     steer::{DialError, to_app},
     telemetry::{ConnectionLabels, Direction, Failure, NoTls, Security},
 };
@@ -80,14 +81,23 @@ pub(super) async fn serve_plaintext(
         };
         return record.close(result);
     }
-    let dialling = Box::pin(dial(&worker, &pod, &workload, source, destination));
+    let limit = workload.settings.mesh_connect_timeout;
+    let dialling = Box::pin(dial(&worker, &pod, source, destination, limit));
     let mut server = match dialling.await {
         Ok(server) => server,
         Err(error) => return record.close(Err(error.reason())),
     };
     record.dialled();
     let idle = workload.settings.idle_timeout;
-    let result = relay::tcp(&worker.buffers, &[&record], &mut client, &mut server, idle).await;
+    let result = relay::tcp(
+        &worker.buffers,
+        &[&record],
+        &mut client,
+        Bytes::new(),
+        &mut server,
+        idle,
+    )
+    .await;
     record.close(result);
 }
 
@@ -143,7 +153,8 @@ pub(super) async fn reach_neighbour(
     };
     let record = Record::open(worker, source_pod, labels, &ends);
     let dialling = pin!(async {
-        let dialled = dial(worker, pod, &workload, source, destination).await;
+        let limit = workload.settings.mesh_connect_timeout;
+        let dialled = dial(worker, pod, source, destination, limit).await;
         Ok(dialled.map_err(|error| error.reason()))
     });
     let dialled = pair.unless_cut(dialling).await;
@@ -170,11 +181,13 @@ pub(super) async fn reach_neighbour(
 }
 
 impl ToNeighbour {
-    /// Moves bytes until both directions have ended. `from` is the outbound side's record.
+    /// Moves bytes until both directions have ended, first of them what the client has `said` already.
+    /// `from` is the outbound side's record.
     pub(super) async fn relay(
         &mut self,
         buffers: &Buffers,
         client: &mut TcpStream,
+        said: Bytes,
         from: &Record,
     ) -> Result<(), Failure> {
         let Self {
@@ -185,7 +198,7 @@ impl ToNeighbour {
             ..
         } = self;
         let relaying = pin!(async {
-            relay::tcp(buffers, &[from, &*record], client, server, *idle)
+            relay::tcp(buffers, &[from, &*record], client, said, server, *idle)
                 .await
                 .map_err(Failure::from)
         });
@@ -199,11 +212,10 @@ impl ToNeighbour {
 pub(super) async fn dial(
     worker: &Worker,
     pod: &PodContext,
-    workload: &Workload,
     client: SocketAddr,
     destination: SocketAddr,
+    limit: Duration,
 ) -> Result<Accounted<TcpStream>, DialError> {
-    let limit = workload.settings.mesh_connect_timeout;
     let dialled = to_app(&pod.pod, &worker.own_dial, client.ip(), destination, limit).await?;
     if dialled.source_replaced {
         worker.metrics().source_replaced();

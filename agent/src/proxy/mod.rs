@@ -16,6 +16,7 @@ mod inbound;
 mod load;
 mod meter;
 mod neighbours;
+mod optimistic;
 mod outbound;
 mod pod;
 mod pool;

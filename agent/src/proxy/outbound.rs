@@ -1,9 +1,11 @@
 //! The life of a connection that an app opens.
 
 use std::{
+    mem,
     net::{IpAddr, SocketAddr, SocketAddrV6},
     rc::Rc,
     sync::Arc,
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -15,6 +17,7 @@ use super::{
     canonical, hbone,
     inbound::{self, ToNeighbour},
     neighbours::{self, Pair},
+    optimistic::OptimisticData,
     pod::{Admitted, PodContext},
     pool,
     record::{Ends, Record},
@@ -79,8 +82,9 @@ pub(super) enum Server {
         send: SendStream<Bytes>,
         receive: RecvStream,
     },
-    Neighbour(Box<ToNeighbour>),
-    Plain(Accounted<TcpStream>),
+    /// … and what the client has said while another way was tried.
+    Neighbour(Box<ToNeighbour>, Bytes),
+    Plain(Box<Accounted<TcpStream>>, Bytes),
 }
 
 /// A connection whose way to the other end is open: all that is kept of it while it is relayed.
@@ -115,7 +119,7 @@ pub(super) fn serve(
 async fn open(
     worker: Rc<Worker>,
     pod: Rc<PodContext>,
-    client: Accounted<TcpStream>,
+    mut client: Accounted<TcpStream>,
 ) -> Option<Opened> {
     let live = worker.count_live();
     // A connection that its client reset before it was accepted has no ends.
@@ -139,11 +143,12 @@ async fn open(
         source,
         destination,
     };
-    let (server, record, balanced) = if let Some(service) = mesh.service_at(destination.ip()) {
+    let data = OptimisticData::of(&mut client, &worker.buffers);
+    let (mut server, record, balanced) = if let Some(service) = mesh.service_at(destination.ip()) {
         let port = destination.port();
         let route = worker.series.borrow_mut().open_route(service, port);
         drop(mesh);
-        let (server, record, balanced) = service::open(&worker, &pod, asked, route).await?;
+        let (server, record, balanced) = service::open(&worker, &pod, asked, &data, route).await?;
         (server, record, Some(balanced))
     } else {
         let route = route(&worker, &pod, &mesh, source.ip(), destination);
@@ -151,7 +156,13 @@ async fn open(
         let (labels, ends) = labels(&pod, &route, None, &asked, destination);
         let record = Record::open(&worker, &pod, labels, &ends);
         let told = |progress: Progress| progress.tell(&record, destination);
-        match connect(&worker, &pod, &route, source, destination, told).await {
+        let way = Way {
+            route: &route,
+            source,
+            destination,
+            within: None,
+        };
+        match connect(&worker, &pod, &way, &data, told).await {
             Ok(server) => (server, record, None),
             Err(failure) => {
                 record.close(Err(failure));
@@ -160,6 +171,14 @@ async fn open(
         }
     };
     record.dialled();
+    if let Server::Tunnel { send, .. } = &mut server {
+        record.client_sent(data.kept().len());
+        if let Some(failure) = data.failure() {
+            relay::reset_behind(send).await;
+            record.close(Err(failure));
+            return None;
+        }
+    }
     Some(Opened {
         server,
         record,
@@ -191,10 +210,15 @@ impl Opened {
             } => relay::tunnel(buffers, record, Side::Client, client, send, receive, idle)
                 .await
                 .map_err(|end| lease.failed(end)),
-            Server::Neighbour(server) => Box::pin(server.relay(buffers, client, record)).await,
-            Server::Plain(server) => Box::pin(relay::tcp(buffers, &[record], client, server, idle))
-                .await
-                .map_err(Failure::from),
+            Server::Neighbour(server, said) => {
+                Box::pin(server.relay(buffers, client, mem::take(said), record)).await
+            }
+            Server::Plain(server, said) => {
+                let said = mem::take(said);
+                Box::pin(relay::tcp(buffers, &[record], client, said, server, idle))
+                    .await
+                    .map_err(Failure::from)
+            }
         };
         if let Some((route, _)) = self.balanced.take() {
             route.close(result.as_ref().err().map(|failure| failure.reason));
@@ -300,21 +324,36 @@ pub(super) fn labels(
     (labels, ends)
 }
 
-/// Opens the way to `destination`, and tells what the record of the connection says of it.
+/// The way to a server.
+#[derive(Clone, Copy)]
+pub(super) struct Way<'a> {
+    pub(super) route: &'a Route,
+    pub(super) source: SocketAddr,
+    pub(super) destination: SocketAddr,
+    /// How long its agent may try, where another server will be tried afterwards.
+    pub(super) within: Option<Duration>,
+}
+
+/// Opens a way, and tells what the record of the connection says of it.
 pub(super) async fn connect(
     worker: &Rc<Worker>,
     pod: &Rc<PodContext>,
-    route: &Route,
-    source: SocketAddr,
-    destination: SocketAddr,
+    way: &Way<'_>,
+    data: &OptimisticData<'_>,
     told: impl Fn(Progress),
 ) -> Result<Server, Failure> {
+    let Way {
+        route,
+        source,
+        destination,
+        within,
+    } = *way;
     let workload = match route {
         Route::Mesh(workload) => workload,
         Route::Neighbour(_, pair) if pair.allowed().await? => {
             told(Progress::Proved);
             let opened = inbound::reach_neighbour(worker, pod, pair, source, destination).await?;
-            return Ok(Server::Neighbour(Box::new(opened)));
+            return Ok(Server::Neighbour(Box::new(opened), data.kept()));
         }
         Route::Neighbour(workload, _) => {
             told(Progress::Tunnelled);
@@ -328,19 +367,20 @@ pub(super) async fn connect(
             let server = to_network(&pod.pod, destination, settings.connect_timeout)
                 .await
                 .map_err(|error| Failure::from(error.reason()))?;
-            return Ok(Server::Plain(server.turned_into(Kind::PlaintextOutbound)));
+            let server = Box::new(server.turned_into(Kind::PlaintextOutbound));
+            return Ok(Server::Plain(server, data.kept()));
         }
     };
     let reporter = pod.workload();
     let mut attempts = 1;
     loop {
-        let request = hbone::connect(&reporter, source, destination);
+        let request = hbone::connect(&reporter, source, destination, within);
         let identity = &workload.identity;
         let asked = pool::request(worker, pod, destination.ip(), identity, request).await;
         let answered = match asked {
             Ok(requested) => {
                 told(Progress::Proved);
-                requested.answered().await
+                requested.answered(data).await
             }
             Err(error) => Err(error),
         };

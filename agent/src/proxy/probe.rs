@@ -108,7 +108,8 @@ impl Probed<'_> {
             destination,
             ..
         } = *self;
-        let dialled = dial(worker, pod, workload, source, destination).await;
+        let limit = workload.settings.mesh_connect_timeout;
+        let dialled = dial(worker, pod, source, destination, limit).await;
         let server = dialled.map_err(|error| Failure::from(error.reason()))?;
         self.record.dialled();
         Ok(server)

@@ -94,11 +94,13 @@ impl Side {
     }
 }
 
-/// Relays between two sockets, for the pod of each record.
+/// Relays between two sockets, for the pod of each record. What was read from the client already, it
+/// has `said`.
 pub(super) async fn tcp(
     buffers: &Buffers,
     records: &[&Record],
     client: &mut TcpStream,
+    said: Bytes,
     server: &mut TcpStream,
     idle: Option<Duration>,
 ) -> Result<(), End> {
@@ -109,13 +111,17 @@ pub(super) async fn tcp(
         let (up_ended, down_ended) = (Notify::new(), Notify::new());
         let up = pin!(async {
             let mut reader = client_reader;
-            relay.copy(Side::Client, &mut reader, server_writer).await?;
+            relay
+                .copy(Side::Client, &mut reader, server_writer, said)
+                .await?;
             up_ended.notify_one();
             Box::pin(no_reset(&reader, Side::Client, down_ended.notified())).await
         });
         let down = pin!(async {
             let mut reader = server_reader;
-            relay.copy(Side::Server, &mut reader, client_writer).await?;
+            relay
+                .copy(Side::Server, &mut reader, client_writer, Bytes::new())
+                .await?;
             down_ended.notify_one();
             Box::pin(no_reset(&reader, Side::Server, up_ended.notified())).await
         });
@@ -140,7 +146,7 @@ pub(super) async fn answers(
     let relay = Relay::new(buffers, &records, idle);
     tokio::select! {
         biased;
-        answered = relay.copy(Side::Server, server, client) => answered.map_err(Failure::from),
+        answered = relay.copy(Side::Server, server, client, Bytes::new()) => answered.map_err(Failure::from),
         Err(failure) = asking => Err(failure),
         () = poll_fn(|cx| relay.activity.poll_ends(cx)) => Err(Reason::IdleTimeout.into()),
     }
@@ -183,14 +189,19 @@ pub(super) async fn tunnel(
     if result.is_ok() {
         end_orderly(socket);
     } else {
-        // A reset takes the place of what waits to be sent. The tunnel, which was woken before
-        // this task will be, sends first what its peer has room for.
-        yield_now().await;
-        // RFC 9113 §8.5: an error of the TCP connection is a stream error of this type, and the
-        // other way round, which the socket's linger brings about when it is dropped.
-        send.send_reset(H2Reason::CONNECT_ERROR);
+        // The other way round is what the socket's linger brings about when it is dropped.
+        reset_behind(send).await;
     }
     result
+}
+
+/// Resets a stream for its socket, behind what was sent. RFC 9113 §8.5: an error of the TCP connection is
+/// a stream error of this type.
+pub(super) async fn reset_behind(send: &mut SendStream<Bytes>) {
+    // A reset takes the place of what waits to be sent. The tunnel, which was woken before this task
+    // will be, sends first what its peer has room for.
+    yield_now().await;
+    send.send_reset(H2Reason::CONNECT_ERROR);
 }
 
 /// What both directions of one connection share.
@@ -254,15 +265,22 @@ impl<'a> Relay<'a> {
         })
     }
 
-    /// Moves what `side` sends to the other socket.
+    /// Moves what `side` has `said` and goes on to send to the other socket.
     async fn copy(
         &self,
         side: Side,
         reader: &mut ReadHalf<'_>,
         mut writer: WriteHalf<'_>,
+        mut said: Bytes,
     ) -> Result<(), End> {
         let mut pace = Pace::default();
         let mut credit = self.buffers.credit(writer.as_ref());
+        if !said.is_empty() {
+            let bytes = said.len();
+            let written = Box::pin(self.write(&mut writer, &mut said, &mut credit, false)).await;
+            written.map_err(|error| side.other().failed(error))?;
+            side.sent(self.records, bytes);
+        }
         loop {
             let moving = poll_fn(|cx| {
                 let credit = credit.as_deref_mut();
@@ -390,7 +408,10 @@ impl<'a> Relay<'a> {
             let _ = receive.flow_control().release_capacity(bytes);
             side.other().sent(self.records, bytes);
             self.activity.happened();
-            pace.rest(bytes).await;
+            // What was last waits in the kernel for the end.
+            if !is_last {
+                pace.rest(bytes).await;
+            }
         }
         let _ = writer.shutdown().await;
         receiving.set(Receiving::Ended);

@@ -3,6 +3,7 @@
 use std::{
     cell::RefCell,
     net::SocketAddr,
+    pin::pin,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
@@ -13,7 +14,8 @@ use tokio::time::timeout;
 
 use super::{
     balance::{Outstanding, Wish},
-    outbound::{self, Asked, Progress, Route, Server},
+    optimistic::OptimisticData,
+    outbound::{self, Asked, Progress, Route, Server, Way},
     pod::PodContext,
     record::{Ends, Record},
     worker::Worker,
@@ -34,6 +36,7 @@ pub(super) async fn open(
     worker: &Rc<Worker>,
     pod: &Rc<PodContext>,
     asked: Asked,
+    data: &OptimisticData<'_>,
     route: RouteMetrics,
 ) -> Option<(Server, Record, Balanced)> {
     let mut attempts = Attempts {
@@ -46,7 +49,7 @@ pub(super) async fn open(
         endpoint: None,
         labels: None,
     };
-    let connected = attempts.connect().await;
+    let connected = attempts.connect(data).await;
     let Some(record) = attempts.record() else {
         let reason = connected.err().map_or(Reason::NoEndpoint, |f| f.reason);
         route.close(Some(reason));
@@ -80,7 +83,10 @@ struct Attempts<'a> {
 }
 
 impl Attempts<'_> {
-    async fn connect(&mut self) -> Result<(Server, Outstanding), Failure> {
+    async fn connect(
+        &mut self,
+        data: &OptimisticData<'_>,
+    ) -> Result<(Server, Outstanding), Failure> {
         let mut failure = Failure::from(Reason::NoEndpoint);
         while self.tried.len() < MAX_ENDPOINTS {
             // Endpoints may have changed since the last attempt.
@@ -110,9 +116,11 @@ impl Attempts<'_> {
                 self.asked.source.ip(),
                 endpoint,
             );
-            let Some(limit) = self.limit(service, &route) else {
+            let Some(left) = self.left(&route) else {
                 break;
             };
+            // Half of what is left, so that one silent endpoint leaves time for others.
+            let another = (!self.is_last(service)).then_some(left / 2);
             if !self.tried.is_empty() {
                 self.count_retry(failure.reason);
             }
@@ -123,15 +131,30 @@ impl Attempts<'_> {
                     return Err(Reason::OwnListener.into());
                 }
                 let told = |progress| self.progress.borrow_mut().push(progress);
-                let source = self.asked.source;
-                outbound::connect(self.worker, self.pod, &route, source, endpoint, told).await
+                let way = Way {
+                    route: &route,
+                    source: self.asked.source,
+                    destination: endpoint,
+                    within: another,
+                };
+                outbound::connect(self.worker, self.pod, &way, data, told).await
             };
-            let connected = timeout(limit, attempt).await;
+            let mut attempt = pin!(attempt);
+            let mut connected = timeout(another.unwrap_or(left), &mut attempt).await;
+            if let Some(half) = another
+                && connected.is_err()
+                && data.is_at_peer()
+            {
+                // It can't be given to another endpoint before this one's agent, which has the same
+                // limit, has said that it has given it to nobody.
+                connected = timeout(left.saturating_sub(half), attempt).await;
+            }
             match connected.unwrap_or(Err(Reason::ConnectTimeout.into())) {
                 Ok(server) => {
                     self.worker.balancer.reached(service, &self.asked, endpoint);
                     return Ok((server, outstanding));
                 }
+                Err(failed) if data.allows_no_other_try() => return Err(failed),
                 Err(failed) => {
                     tracing::debug!(
                         service = service.host, %endpoint, reason = %failed.reason,
@@ -145,19 +168,23 @@ impl Attempts<'_> {
         Err(failure)
     }
 
-    /// How long the next attempt may take: half of what is left, so that one silent endpoint
-    /// leaves time for others, and all of it at the last. `None` when nothing is left.
-    fn limit(&self, service: &Service, route: &Route) -> Option<Duration> {
+    /// How long the next attempt may take. `None` when nothing is left.
+    fn left(&self, route: &Route) -> Option<Duration> {
         let settings = &self.pod.workload().settings;
         let whole = match route {
             Route::Mesh(_) | Route::Neighbour(..) => settings.mesh_connect_timeout,
             Route::Plain(..) => settings.connect_timeout,
         };
-        let left = whole.checked_sub(self.began.elapsed())?;
-        let port = service.port(self.asked.destination.port())?;
-        let targets = port.targets(self.asked.destination.is_ipv4()).len();
-        let is_last = self.tried.len() + 1 >= targets.min(MAX_ENDPOINTS);
-        Some(if is_last { left } else { left / 2 })
+        whole.checked_sub(self.began.elapsed())
+    }
+
+    /// Whether no endpoint will be left after the next attempt.
+    fn is_last(&self, service: &Service) -> bool {
+        let asked = self.asked.destination;
+        let targets = service
+            .port(asked.port())
+            .map_or(0, |port| port.targets(asked.is_ipv4()).len());
+        self.tried.len() + 1 >= targets.min(MAX_ENDPOINTS)
     }
 
     /// The endpoint before failed, and another one is about to be tried: what its agent counts as

@@ -2,6 +2,7 @@
 
 use std::{
     cell::Cell,
+    future::poll_fn,
     io,
     net::{IpAddr, SocketAddr},
     pin::Pin,
@@ -32,6 +33,7 @@ use super::{
     coalesce::coalescing,
     cut::{self, Cause},
     handshakes, hbone,
+    optimistic::OptimisticData,
     pod::PodContext,
     read_ahead::ReadAhead,
     relay::End,
@@ -68,7 +70,15 @@ pub(super) struct Tunnel {
     cause: Cause,
     /// The peer takes no new streams (GOAWAY), while old ones may go on.
     closing: Cell<bool>,
+    /// The peer has said that it takes data that comes before its answer.
+    takes_optimistic_data: Cell<bool>,
+    /// When the first stream was opened that nothing has been heard since.
+    asked: Cell<Option<Instant>>,
 }
+
+/// A tunnel that a request has waited in for so long is sent no more data before an answer: where the
+/// peer is gone, its connections can still go another way, which an app that was perhaps heard can't.
+const ANSWERS_WITHIN: Duration = Duration::from_millis(100);
 
 /// A stream's place in its tunnel.
 pub(super) struct Lease {
@@ -87,6 +97,7 @@ pub(super) struct Requested {
     lease: Lease,
     response: ResponseFuture,
     send: SendStream<Bytes>,
+    awaits_data: bool,
 }
 
 /// Why a stream could not be opened.
@@ -125,6 +136,12 @@ impl Tunnel {
         self.requests.current_max_send_streams()
     }
 
+    /// Whether a stream may be sent data before its answer.
+    fn may_take_data(&self) -> bool {
+        let owes = |since: Instant| since.elapsed() >= ANSWERS_WITHIN;
+        self.takes_optimistic_data.get() && !self.asked.get().is_some_and(owes)
+    }
+
     pub(super) fn is_ended(&self) -> bool {
         self.ended.is_cancelled() || self.closing.get()
     }
@@ -140,11 +157,19 @@ impl Lease {
     pub(super) fn request(self, request: Request<()>) -> Result<Requested, OpenError> {
         let mut requests = self.tunnel.requests.clone();
         match requests.send_request(request, false) {
-            Ok((response, send)) => Ok(Requested {
-                lease: self,
-                response,
-                send,
-            }),
+            Ok((response, send)) => {
+                let tunnel = &self.tunnel;
+                let awaits_data = tunnel.may_take_data();
+                if tunnel.asked.get().is_none() {
+                    tunnel.asked.set(Some(Instant::now()));
+                }
+                Ok(Requested {
+                    lease: self,
+                    response,
+                    send,
+                    awaits_data,
+                })
+            }
             Err(error) => {
                 self.tunnel.closing.set(true);
                 Err(self.unanswered(&error))
@@ -152,9 +177,9 @@ impl Lease {
         }
     }
 
-    /// A request without an answer. Without one no byte was sent either, so it is safe to ask
-    /// again where the tunnel is lost; a stream may be refused before anything is done (RFC 9113
-    /// §8.7).
+    /// A request without an answer. Without one no byte was sent either, but for optimistic data, so it
+    /// is safe to ask again where the tunnel is lost; a stream may be refused before anything is done
+    /// (RFC 9113 §8.7).
     fn unanswered(&self, error: &h2::Error) -> OpenError {
         if !error.is_reset() {
             return OpenError::Again(self.tunnel.cause.reason());
@@ -171,6 +196,20 @@ impl Lease {
         OpenError::Again(Reason::PeerRefused)
     }
 
+    /// The same of a request that data may have gone with.
+    fn without_answer(&self, error: &h2::Error, data: &OptimisticData<'_>) -> OpenError {
+        // A stream above the last one that a GOAWAY names was not processed (RFC 9113 §6.8).
+        let is_unprocessed = error.is_remote()
+            && (error.is_go_away() || error.reason() == Some(H2Reason::REFUSED_STREAM));
+        if is_unprocessed {
+            data.came_back();
+        }
+        match self.unanswered(error) {
+            OpenError::Again(reason) if data.is_at_peer() => OpenError::Failed(reason.into()),
+            error => error,
+        }
+    }
+
     /// How a connection in this place failed.
     pub(super) fn failed(&self, end: End) -> Failure {
         self.tunnel.cause.of(end)
@@ -178,23 +217,51 @@ impl Lease {
 }
 
 impl Requested {
-    /// Waits for the peer's word that the app is connected.
+    /// Waits for the peer's word that the app is connected. All that was taken from the client is sent
+    /// then, before it where the peer takes it.
     pub(super) async fn answered(
         self,
+        data: &OptimisticData<'_>,
     ) -> Result<(Lease, SendStream<Bytes>, RecvStream), OpenError> {
         let Self {
             lease,
-            response,
-            send,
+            mut response,
+            mut send,
+            mut awaits_data,
         } = self;
-        let response = match timeout(ANSWER_TIMEOUT, response).await {
-            Ok(answered) => answered.map_err(|error| lease.unanswered(&error))?,
+        let answered = poll_fn(|cx| {
+            // First, so that it leaves in one record with the CONNECT.
+            if awaits_data && data.poll(cx).is_ready() {
+                // Once: what an app says later than the tunnel owes answers waits as well.
+                awaits_data = false;
+                if data.kept().is_empty()
+                    && let Some(failure) = data.failure()
+                {
+                    return Poll::Ready(Err(failure));
+                }
+                if lease.tunnel.may_take_data() {
+                    data.send(&mut send);
+                }
+            }
+            Pin::new(&mut response).poll(cx).map(Ok)
+        });
+        let response = match timeout(ANSWER_TIMEOUT, answered).await {
+            Ok(answered) => answered
+                .map_err(OpenError::Failed)?
+                .map_err(|error| lease.without_answer(&error, data))?,
             Err(_) => return Err(OpenError::Failed(Reason::ConnectTimeout.into())),
         };
+        let tunnel = &lease.tunnel;
+        tunnel.asked.set(None);
         if response.status() != StatusCode::OK {
+            data.came_back();
             tracing::debug!(status = %response.status(), "the peer refused a CONNECT");
             return Err(OpenError::Failed(Reason::PeerRefused.into()));
         }
+        if hbone::takes_optimistic_data(&response) {
+            tunnel.takes_optimistic_data.set(true);
+        }
+        data.send(&mut send);
         Ok((lease, send, response.into_body()))
     }
 }
@@ -285,6 +352,8 @@ pub(super) async fn open(
         ended,
         cause,
         closing: Cell::new(false),
+        takes_optimistic_data: Cell::new(false),
+        asked: Cell::new(None),
     }))
 }
 

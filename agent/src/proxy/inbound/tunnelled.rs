@@ -1,6 +1,6 @@
 //! A tunnel from another agent: its handshakes, and the life of each connection in it.
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc, task::Context};
+use std::{cell::Cell, net::SocketAddr, rc::Rc, sync::Arc, task::Context};
 
 use bytes::Bytes;
 use h2::{RecvStream, SendStream, server::SendResponse};
@@ -68,6 +68,7 @@ pub(in crate::proxy) async fn serve_mesh(
         identity,
         state,
         cause: Cause::default(),
+        told_of_optimistic_data: Cell::new(false),
     });
     let ended = CancellationToken::new();
     let guard = ended.clone().drop_guard();
@@ -130,6 +131,7 @@ async fn shake_hands(
             .max_header_list_size(hbone::MAX_HEADERS)
             .max_send_buffer_size(hbone::MAX_SEND_BUFFER)
             .max_concurrent_streams(hbone::MAX_STREAMS)
+            .max_concurrent_reset_streams(hbone::MAX_RESET_STREAMS)
             .handshake(stream);
         tokio::pin!(opening);
         let http = flusher
@@ -152,6 +154,8 @@ struct InboundTunnel {
     identity: Arc<SpiffeId>,
     state: Rc<TunnelState>,
     cause: Cause,
+    /// Whether the peer was told that it may send data before an answer.
+    told_of_optimistic_data: Cell<bool>,
 }
 
 impl InboundTunnel {
@@ -259,8 +263,10 @@ impl InboundTunnel {
             tunnelled: Some(destination),
         };
         let record = Record::open(&self.worker, &self.pod, labels, &ends);
+        let limit = workload.settings.mesh_connect_timeout;
+        let limit = hbone::within(&request).map_or(limit, |within| within.min(limit));
         let receive = request.into_body();
-        let server = match dial(&self.worker, &self.pod, &workload, self.peer, destination).await {
+        let server = match dial(&self.worker, &self.pod, self.peer, destination, limit).await {
             Ok(server) => server,
             Err(error) => {
                 answer(&mut respond, hbone::UNREACHABLE);
@@ -269,10 +275,13 @@ impl InboundTunnel {
             }
         };
         record.dialled();
-        let Ok(send) = respond.send_response(Response::new(()), false) else {
+        // A peer that has gone another way meanwhile has reset the stream: the app hears nothing of it.
+        let answer = hbone::connected(!self.told_of_optimistic_data.get());
+        let Ok(send) = respond.send_response(answer, false) else {
             record.close(Err(self.cause.reason()));
             return None;
         };
+        self.told_of_optimistic_data.set(true);
         Some(Opened {
             server,
             send,

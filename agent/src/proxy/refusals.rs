@@ -118,13 +118,6 @@ impl Refusals {
     /// Tells what no later line would tell. To be called now and then.
     pub(super) fn sum_up(&self) {
         let now = Instant::now();
-        let summed_up = self.summed_up.get();
-        if summed_up.is_some_and(|at| now - at < INTERVAL) {
-            return;
-        }
-        self.summed_up.set(Some(now));
-        // Each of these is tried again and again, so that the next line tells of the last ones.
-        self.accept_errors.borrow_mut().overdue(now);
         let mut throttle = self.throttle.borrow_mut();
         for ((direction, peer, reason), left_out) in throttle.overdue(now) {
             tracing::warn!(
@@ -135,6 +128,13 @@ impl Refusals {
                 "connections failed that have no line of their own"
             );
         }
+        let summed_up = self.summed_up.get();
+        if summed_up.is_some_and(|at| now - at < INTERVAL) {
+            return;
+        }
+        self.summed_up.set(Some(now));
+        // Each of these is tried again and again, so that the next line tells of the last ones.
+        self.accept_errors.borrow_mut().overdue(now);
         let untold = std::mem::take(&mut throttle.untold);
         if untold > 0 {
             tracing::warn!(left_out = untold, "connections of too many peers failed");

@@ -9,38 +9,41 @@ use std::{
 
 use tokio::time::{Instant, Sleep, sleep_until};
 
-/// When a byte moved last, for the idle time-out.
+/// When a byte moved last, for the idle time-out. Most connections have none, and so no room for it.
 #[derive(Debug)]
-pub(super) struct Activity {
+pub(super) struct Activity(Option<Box<Limited>>);
+
+#[derive(Debug)]
+struct Limited {
     last: Cell<Instant>,
-    limit: Option<Duration>,
-    /// Most connections have no limit, and so no timer.
+    limit: Duration,
     timer: RefCell<Option<Pin<Box<Sleep>>>>,
 }
 
 impl Activity {
     pub(super) fn new(limit: Option<Duration>) -> Self {
-        Self {
+        let limited = |limit| Limited {
             last: Cell::new(Instant::now()),
             limit,
             timer: RefCell::default(),
-        }
+        };
+        Self(limit.map(|limit| Box::new(limited(limit))))
     }
 
     pub(super) fn happened(&self) {
-        if self.limit.is_some() {
-            self.last.set(Instant::now());
+        if let Some(limited) = &self.0 {
+            limited.last.set(Instant::now());
         }
     }
 
     /// Ready when nothing has happened for too long; never, where there is no limit.
     pub(super) fn poll_ends(&self, cx: &mut Context<'_>) -> Poll<()> {
-        let Some(limit) = self.limit else {
+        let Some(Limited { last, limit, timer }) = self.0.as_deref() else {
             return Poll::Pending;
         };
-        let mut timer = self.timer.borrow_mut();
+        let mut timer = timer.borrow_mut();
         loop {
-            let end = self.last.get() + limit;
+            let end = last.get() + *limit;
             if Instant::now() >= end {
                 return Poll::Ready(());
             }

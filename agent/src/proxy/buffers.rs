@@ -32,6 +32,9 @@ pub(super) const MAX_CHUNK: usize = 15 * 16 * 1024 - hbone::FRAME_HEAD;
 const COPIED: usize = 16 * 1024;
 /// What one connection moves in one turn before it lets others go on.
 const TURN: usize = MAX_CHUNK;
+/// What a chunk counts at least: each also takes of tokio's budget of 128 calls a turn, and a socket that
+/// is left waiting for that looks like one that takes nothing.
+const LEAST: usize = TURN / 64;
 
 /// The buffer that all connections of one worker read into.
 #[derive(Debug)]
@@ -276,7 +279,7 @@ impl Pace {
     }
 
     pub(super) async fn rest(&mut self, moved: usize) {
-        self.moved += moved;
+        self.moved += moved.max(LEAST);
         if self.moved >= TURN {
             self.moved = 0;
             tokio::task::yield_now().await;

@@ -51,20 +51,22 @@ pub(super) async fn serve_plaintext(
     };
     pod.pod.dial_ports.met_client(source.port());
     let workload = pod.workload();
-    let labels = ConnectionLabels {
-        direction: Direction::Inbound,
-        reporter: Arc::clone(&workload),
-        remote: worker.mesh().workload_at(source.ip()).cloned(),
-        service: None,
-        target_port: destination.port(),
-        security: Security::None(NoTls::PlaintextClient),
+    let record = {
+        let labels = ConnectionLabels {
+            direction: Direction::Inbound,
+            reporter: Arc::clone(&workload),
+            remote: worker.mesh().workload_at(source.ip()).cloned(),
+            service: None,
+            target_port: destination.port(),
+            security: Security::None(NoTls::PlaintextClient),
+        };
+        let ends = Ends {
+            client: source,
+            destination,
+            tunnelled: None,
+        };
+        Record::open(&worker, &pod, &labels, &ends)
     };
-    let ends = Ends {
-        client: source,
-        destination,
-        tunnelled: None,
-    };
-    let record = Record::open(&worker, &pod, labels, &ends);
     if workload.settings.mtls_on(destination.port()) == MtlsMode::Strict {
         let probed = Probed {
             worker: &worker,
@@ -151,7 +153,7 @@ pub(super) async fn reach_neighbour(
         destination,
         tunnelled: None,
     };
-    let record = Record::open(worker, source_pod, labels, &ends);
+    let record = Record::open(worker, source_pod, &labels, &ends);
     let dialling = pin!(async {
         let limit = workload.settings.mesh_connect_timeout;
         let dialled = dial(worker, pod, source, destination, limit).await;

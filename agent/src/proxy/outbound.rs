@@ -154,7 +154,7 @@ async fn open(
         let route = route(&worker, &pod, &mesh, source.ip(), destination);
         drop(mesh);
         let (labels, ends) = labels(&pod, &route, None, &asked, destination);
-        let record = Record::open(&worker, &pod, labels, &ends);
+        let record = Record::open(&worker, &pod, &labels, &ends);
         let told = |progress: Progress| progress.tell(&record, destination);
         let way = Way {
             route: &route,

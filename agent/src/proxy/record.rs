@@ -20,18 +20,22 @@ pub(super) struct Record {
     /// Whose task carries the connection.
     pod: Rc<PodContext>,
     last_ended: Rc<LastEnded>,
-    labels: ConnectionLabels,
     metrics: ConnectionMetrics,
     /// Whether the other end has proved the identity that the labels name.
     proved: Cell<bool>,
     ended: Cell<bool>,
+    addresses: Box<Addresses>,
+    from_client: Cell<u64>,
+    from_server: Cell<u64>,
+}
+
+/// What only a connection's end asks for: in the task it would cost more room than by itself.
+struct Addresses {
     client: SocketAddr,
     /// The address that was dialled.
     destination: Cell<SocketAddr>,
     /// The authority of the CONNECT.
     tunnelled: Cell<Option<SocketAddr>>,
-    from_client: Cell<u64>,
-    from_server: Cell<u64>,
 }
 
 /// The ends of a connection.
@@ -41,26 +45,34 @@ pub(super) struct Ends {
     pub tunnelled: Option<SocketAddr>,
 }
 
+impl Addresses {
+    /// What the client asked for.
+    fn asked(&self) -> SocketAddr {
+        self.tunnelled.get().unwrap_or(self.destination.get())
+    }
+}
+
 impl Record {
     pub(super) fn open(
         worker: &Worker,
         pod: &Rc<PodContext>,
-        labels: ConnectionLabels,
+        labels: &ConnectionLabels,
         ends: &Ends,
     ) -> Self {
-        let metrics = worker.series.borrow_mut().open(&labels);
+        let metrics = worker.series.borrow_mut().open(labels);
         // A peer's tunnel was verified before its connections came.
         let proved = Cell::new(labels.direction == Direction::Inbound);
         Self {
             pod: Rc::clone(pod),
             last_ended: Rc::clone(&worker.ended),
-            labels,
             metrics,
             proved,
             ended: Cell::new(false),
-            client: ends.client,
-            destination: Cell::new(ends.destination),
-            tunnelled: Cell::new(ends.tunnelled),
+            addresses: Box::new(Addresses {
+                client: ends.client,
+                destination: Cell::new(ends.destination),
+                tunnelled: Cell::new(ends.tunnelled),
+            }),
             from_client: Cell::new(0),
             from_server: Cell::new(0),
         }
@@ -78,8 +90,8 @@ impl Record {
 
     /// It takes a tunnel, to this mesh port, after all.
     pub(super) fn tunnelled(&self, mesh: SocketAddr) {
-        let dialled = self.destination.replace(mesh);
-        self.tunnelled.set(Some(dialled));
+        let dialled = self.addresses.destination.replace(mesh);
+        self.addresses.tunnelled.set(Some(dialled));
     }
 
     pub(super) fn dialled(&self) {
@@ -110,9 +122,9 @@ impl Record {
     fn end(&self, failure: Option<Failure>) {
         self.ended.set(true);
         self.last_ended.add(
-            self.labels.direction,
-            self.client,
-            self.tunnelled.get().unwrap_or(self.destination.get()),
+            self.metrics.labels().direction,
+            self.addresses.client,
+            self.addresses.asked(),
             failure.map(|failure| failure.reason),
         );
         self.log(failure.map(|failure| failure.reason));
@@ -123,33 +135,34 @@ impl Record {
     }
 
     fn log(&self, error: Option<Reason>) {
-        let reporter: &Arc<Workload> = &self.labels.reporter;
-        let remote = self.labels.remote.as_deref();
-        let proved = match &self.labels.security {
+        let labels = self.metrics.labels();
+        let reporter: &Arc<Workload> = &labels.reporter;
+        let remote = labels.remote.as_deref();
+        let proved = match &labels.security {
             Security::MutualTls(identity) if self.proved.get() => Some(&**identity),
             Security::MutualTls(_) | Security::None(_) => None,
         };
         let own = proved.map(|_| &*reporter.identity);
         let source = (Some(&**reporter), own);
         let peer = (remote, proved);
-        let (src, dst, sent, received) = match self.labels.direction {
+        let (src, dst, sent, received) = match labels.direction {
             Direction::Outbound => (source, peer, &self.from_client, &self.from_server),
             Direction::Inbound => (peer, source, &self.from_server, &self.from_client),
         };
         AccessRecord {
-            direction: self.labels.direction,
+            direction: labels.direction,
             src: Party {
-                address: self.client,
+                address: self.addresses.client,
                 workload: src.0,
                 identity: src.1,
             },
             dst: Party {
-                address: self.destination.get(),
+                address: self.addresses.destination.get(),
                 workload: dst.0,
                 identity: dst.1,
             },
-            hbone_address: self.tunnelled.get(),
-            service: self.labels.service.as_ref().map(|service| &*service.host),
+            hbone_address: self.addresses.tunnelled.get(),
+            service: labels.service.as_ref().map(|service| &*service.host),
             bytes_sent: sent.get(),
             bytes_received: received.get(),
             duration: self.metrics.age(),

@@ -10,7 +10,7 @@ use std::{
     future::poll_fn,
     io,
     pin::{Pin, pin},
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -388,22 +388,34 @@ impl<'a> Relay<'a> {
         let mut pace = Pace::default();
         let mut credit = self.buffers.credit(writer.as_ref());
         loop {
-            let mut chunk = match receive.data().await {
-                Some(Ok(chunk)) => chunk,
+            // What the socket takes at once, as nearly always all of it, needs no room in the task.
+            let received = poll_fn(|cx| {
+                let received = ready!(receive.poll_data(cx));
+                Poll::Ready(received.map(|chunk| {
+                    let mut rest = chunk?;
+                    let (bytes, is_last) = (rest.len(), receive.is_end_stream());
+                    let written = self.poll_write(cx, &mut writer, &mut rest, &mut credit, is_last);
+                    Ok((bytes, is_last, rest, written))
+                }))
+            });
+            let (bytes, is_last, mut rest, written) = match received.await {
+                Some(Ok(received)) => received,
                 Some(Err(error)) => {
                     stream_ended(&error, side.other())?;
                     break;
                 }
                 None => break,
             };
-            let bytes = chunk.len();
-            let is_last = receive.is_end_stream();
-            // Heard of by the other direction only while the write is not done at once.
-            receiving.set(Receiving::Stalls);
-            self.write(&mut writer, &mut chunk, &mut credit, is_last)
-                .await
-                .map_err(|error| side.failed(error))?;
-            receiving.set(Receiving::Flows);
+            if let Poll::Ready(Err(error)) = written {
+                return Err(side.failed(error));
+            }
+            if !rest.is_empty() {
+                receiving.set(Receiving::Stalls);
+                Box::pin(self.write(&mut writer, &mut rest, &mut credit, is_last))
+                    .await
+                    .map_err(|error| side.failed(error))?;
+                receiving.set(Receiving::Flows);
+            }
             // Fails only for a stream that has ended, which the next read tells.
             let _ = receive.flow_control().release_capacity(bytes);
             side.other().sent(self.records, bytes);
@@ -418,8 +430,7 @@ impl<'a> Relay<'a> {
         Ok(())
     }
 
-    /// Writes all of `bytes`; each part of it is activity. Behind what `is_last`, the socket is to be
-    /// shut down.
+    /// Writes all of `bytes`. Behind what `is_last`, the socket is to be shut down.
     async fn write(
         &self,
         writer: &mut WriteHalf<'_>,
@@ -428,35 +439,52 @@ impl<'a> Relay<'a> {
         is_last: bool,
     ) -> io::Result<()> {
         while !bytes.is_empty() {
-            let mut most = bytes.len();
-            if let Some(credit) = credit {
-                if credit.left() == 0 {
-                    Box::pin(credit.renew()).await;
-                }
-                most = most.min(credit.left());
+            if let Some(credit) = credit
+                && credit.left() == 0
+            {
+                Box::pin(credit.renew()).await;
             }
-            let writing =
-                poll_fn(|cx| poll_write(cx, writer, &bytes[..most], credit.as_deref(), is_last));
-            let written = match writing.await {
+            poll_fn(|cx| self.poll_write(cx, writer, bytes, credit, is_last)).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes of `bytes` what there is credit for; each part of it is activity.
+    fn poll_write(
+        &self,
+        cx: &mut Context<'_>,
+        writer: &mut WriteHalf<'_>,
+        bytes: &mut Bytes,
+        credit: &mut Option<Box<Credit>>,
+        is_last: bool,
+    ) -> Poll<io::Result<()>> {
+        while !bytes.is_empty() {
+            let most = match credit {
+                Some(credit) => credit.left().min(bytes.len()),
+                None => bytes.len(),
+            };
+            if most == 0 {
+                break;
+            }
+            let part = &bytes[..most];
+            let written = match ready!(poll_write(cx, writer, part, credit.as_deref(), is_last)) {
+                Ok(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 Ok(written) => written,
                 Err(error) => {
                     let credit = credit.as_mut();
                     if credit.is_some_and(|credit| credit.outlives(&error)) {
                         continue;
                     }
-                    return Err(error);
+                    return Poll::Ready(Err(error));
                 }
             };
-            if written == 0 {
-                return Err(io::ErrorKind::WriteZero.into());
-            }
             bytes.advance(written);
             if let Some(credit) = credit {
                 credit.wrote(written, most);
             }
             self.activity.happened();
         }
-        Ok(())
+        Poll::Ready(Ok(()))
     }
 }
 

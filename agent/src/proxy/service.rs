@@ -212,7 +212,7 @@ impl Attempts<'_> {
     /// The record of the connection. `None` where there was no endpoint to try.
     fn record(&mut self) -> Option<Record> {
         let (labels, ends) = self.labels.take()?;
-        let record = Record::open(self.worker, self.pod, labels, &ends);
+        let record = Record::open(self.worker, self.pod, &labels, &ends);
         if let Some(endpoint) = self.endpoint {
             let progress = self.progress.take().into_iter();
             progress.for_each(|progress| progress.tell(&record, endpoint));

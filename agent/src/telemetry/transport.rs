@@ -183,7 +183,8 @@ impl From<Reason> for Failure {
 /// A worker's way to the metrics of its connections.
 pub struct WorkerMetrics {
     transports: Arc<Transports>,
-    remembered: HashMap<ConnectionLabels, Arc<Series>>,
+    /// The labels are the connections' own as well: each has the same for as long as it lives.
+    remembered: HashMap<Arc<ConnectionLabels>, Arc<Series>>,
     /// By the place of the Service's snapshot, which is kept for as long, and the port.
     routes: HashMap<(usize, u16), (Arc<Service>, Arc<Route>)>,
 }
@@ -203,7 +204,8 @@ impl WorkerMetrics {
         let inbound = labels.direction == Direction::Inbound;
         let settings = &labels.reporter.settings;
         let mode = inbound.then(|| settings.mtls_on(labels.target_port));
-        ConnectionMetrics::of(self.enter(labels), mode)
+        let (labels, series) = self.enter(labels);
+        ConnectionMetrics::of(labels, series, mode)
     }
 
     /// Counts a connection to a port of a Service. As with [`Self::open`], no lock for one that
@@ -223,23 +225,25 @@ impl WorkerMetrics {
     /// Counts a connection that failed at the Service's endpoint of these labels and is tried at
     /// another one. It counts nowhere else until its end is known.
     pub fn retried(&mut self, labels: &ConnectionLabels, reason: Reason) {
-        let series = self.enter(labels);
+        let (_, series) = self.enter(labels);
         series.retried(reason);
         series.leave();
     }
 
     /// The series of `labels`, entered.
-    fn enter(&mut self, labels: &ConnectionLabels) -> Arc<Series> {
-        let known = self.remembered.get(labels);
-        if let Some(series) = known.filter(|series| series.enter()) {
-            return Arc::clone(series);
+    fn enter(&mut self, labels: &ConnectionLabels) -> (Arc<ConnectionLabels>, Arc<Series>) {
+        let known = self.remembered.get_key_value(labels);
+        if let Some((labels, series)) = known.filter(|(_, series)| series.enter()) {
+            return (Arc::clone(labels), Arc::clone(series));
         }
         let series = self.transports.enter(labels);
         if self.remembered.len() >= MAX_REMEMBERED {
             self.forget();
         }
-        self.remembered.insert(labels.clone(), Arc::clone(&series));
-        series
+        let labels = Arc::new(labels.clone());
+        self.remembered
+            .insert(Arc::clone(&labels), Arc::clone(&series));
+        (labels, series)
     }
 
     /// Lets go of what this worker remembers, and with it of the workloads of old snapshots. To be
@@ -264,6 +268,7 @@ impl fmt::Debug for WorkerMetrics {
 /// connection's task is dropped with its worker. So the gauge of open connections can't leak.
 #[derive(Debug)]
 pub struct ConnectionMetrics {
+    labels: Arc<ConnectionLabels>,
     series: Arc<Series>,
     began: Instant,
     dialled: Cell<bool>,
@@ -274,9 +279,10 @@ pub struct ConnectionMetrics {
 
 impl ConnectionMetrics {
     /// `series` has been entered.
-    fn of(series: Arc<Series>, asked: Option<MtlsMode>) -> Self {
+    fn of(labels: Arc<ConnectionLabels>, series: Arc<Series>, asked: Option<MtlsMode>) -> Self {
         series.counters(Peer::Src).opened();
         Self {
+            labels,
             series,
             began: Instant::now(),
             dialled: Cell::new(false),
@@ -289,6 +295,11 @@ impl ConnectionMetrics {
         if let Some(mode) = self.asked.take() {
             self.series.authorized(mode, is_allowed);
         }
+    }
+
+    /// What tells the connection's series from others.
+    pub fn labels(&self) -> &ConnectionLabels {
+        &self.labels
     }
 
     /// How long ago the connection was accepted.

@@ -262,7 +262,7 @@ impl InboundTunnel {
             destination: self.local,
             tunnelled: Some(destination),
         };
-        let record = Record::open(&self.worker, &self.pod, labels, &ends);
+        let record = Record::open(&self.worker, &self.pod, &labels, &ends);
         let limit = workload.settings.mesh_connect_timeout;
         let limit = hbone::within(&request).map_or(limit, |within| within.min(limit));
         let receive = request.into_body();

@@ -99,8 +99,8 @@ fn what_outlives_the_limit_of_a_withdrawal_is_reset() {
         assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     }
     wait_plain(&scene.client);
-    let log = scene.bed.agent(&scene.a).log();
-    assert!(log.contains("error=\"withdrawn\""), "{log}");
+    let log = scene.bed.agent(&scene.a).process();
+    log.wait_for_log("error=\"withdrawn\"", LIMIT).unwrap();
 }
 
 /// Lets the threads that carry connections have what nobody else wants of their processor, and

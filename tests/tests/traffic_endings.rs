@@ -199,17 +199,22 @@ fn fill(mut stream: &TcpStream) {
     assert_eq!(full.kind(), ErrorKind::WouldBlock);
 }
 
+/// Both ends of a new connection.
+fn connection(pair: &Pair, server_first: bool) -> (TcpStream, TcpStream) {
+    let (client, server) = pair.connection().unwrap();
+    if server_first {
+        (server, client)
+    } else {
+        (client, server)
+    }
+}
+
 fn what_came_before_a_reset_can_be_read(pair: &Pair) {
     // What a kernel sends before its peer's first acknowledgement.
     const LENGTH: usize = 8 << 10;
     for server_resets in [false, true] {
         for _ in 0..20 {
-            let (client, server) = pair.connection().unwrap();
-            let (resets, mut reads) = if server_resets {
-                (server, client)
-            } else {
-                (client, server)
-            };
+            let (resets, mut reads) = connection(pair, server_resets);
             payload::send(&resets, 1, LENGTH).unwrap();
             reset(resets);
             wait_until(&reads, PollFlags::POLLERR);
@@ -264,12 +269,7 @@ fn an_end_that_comes_with_the_last_bytes_goes_on_with_them(pair: &Pair) {
         };
         let captures = ["lo", "eth0"].map(|name| Capture::start(pod.netns(), name).unwrap());
         for _ in 0..20 {
-            let (client, server) = pair.connection().unwrap();
-            let (ends, mut reads) = if server_ends {
-                (server, client)
-            } else {
-                (client, server)
-            };
+            let (ends, mut reads) = connection(pair, server_ends);
             // While a connection is being opened, an agent may look just between the bytes and the end.
             (&ends).write_all(b"?").unwrap();
             reads.read_exact(&mut [0]).unwrap();

@@ -83,8 +83,7 @@ pub(super) async fn serve_plaintext(
         };
         return record.close(result);
     }
-    let limit = workload.settings.mesh_connect_timeout;
-    let dialling = Box::pin(dial(&worker, &pod, source, destination, limit));
+    let dialling = Box::pin(dial(&worker, &pod, source, destination, None));
     let mut server = match dialling.await {
         Ok(server) => server,
         Err(error) => return record.close(Err(error.reason())),
@@ -155,8 +154,7 @@ pub(super) async fn reach_neighbour(
     };
     let record = Record::open(worker, source_pod, &labels, &ends);
     let dialling = pin!(async {
-        let limit = workload.settings.mesh_connect_timeout;
-        let dialled = dial(worker, pod, source, destination, limit).await;
+        let dialled = dial(worker, pod, source, destination, None).await;
         Ok(dialled.map_err(|error| error.reason()))
     });
     let dialled = pair.unless_cut(dialling).await;
@@ -210,14 +208,17 @@ impl ToNeighbour {
     }
 }
 
-/// Opens the connection to the app, with the client's address as its source.
+/// Opens the connection to the app, with the client's address as its source. Where a peer waits for less
+/// than the pod's own limit, that is `within`.
 pub(super) async fn dial(
     worker: &Worker,
     pod: &PodContext,
     client: SocketAddr,
     destination: SocketAddr,
-    limit: Duration,
+    within: Option<Duration>,
 ) -> Result<Accounted<TcpStream>, DialError> {
+    let limit = pod.workload().settings.mesh_connect_timeout;
+    let limit = within.map_or(limit, |within| within.min(limit));
     let dialled = to_app(&pod.pod, &worker.own_dial, client.ip(), destination, limit).await?;
     if dialled.source_replaced {
         worker.metrics().source_replaced();

@@ -103,13 +103,11 @@ impl Probed<'_> {
         let Self {
             worker,
             pod,
-            workload,
             source,
             destination,
             ..
         } = *self;
-        let limit = workload.settings.mesh_connect_timeout;
-        let dialled = dial(worker, pod, source, destination, limit).await;
+        let dialled = dial(worker, pod, source, destination, None).await;
         let server = dialled.map_err(|error| Failure::from(error.reason()))?;
         self.record.dialled();
         Ok(server)

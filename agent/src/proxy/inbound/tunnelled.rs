@@ -263,10 +263,9 @@ impl InboundTunnel {
             tunnelled: Some(destination),
         };
         let record = Record::open(&self.worker, &self.pod, &labels, &ends);
-        let limit = workload.settings.mesh_connect_timeout;
-        let limit = hbone::within(&request).map_or(limit, |within| within.min(limit));
+        let within = hbone::within(&request);
         let receive = request.into_body();
-        let server = match dial(&self.worker, &self.pod, self.peer, destination, limit).await {
+        let server = match dial(&self.worker, &self.pod, self.peer, destination, within).await {
             Ok(server) => server,
             Err(error) => {
                 answer(&mut respond, hbone::UNREACHABLE);

@@ -5,6 +5,8 @@
 //! passed on as a reset, at once, whether or not the other side reads. An idle connection holds no buffer: chunks are read into a buffer of the
 //! worker, and only what the other side didn't take at once is kept.
 
+mod ends;
+
 use std::{
     cell::Cell,
     future::poll_fn,
@@ -15,15 +17,15 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
-use h2::{Reason as H2Reason, RecvStream, SendStream};
+use h2::{RecvStream, SendStream};
+use malla_common::Reason;
 use tokio::{
-    io::{AsyncWriteExt, Interest},
+    io::AsyncWriteExt,
     net::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
     },
     sync::Notify,
-    task::yield_now,
 };
 
 use super::{
@@ -35,64 +37,8 @@ use crate::{
     steer::{Credit, end_orderly},
     telemetry::Failure,
 };
-use malla_common::Reason;
-
-/// How one end of a relay failed.
-#[derive(Debug)]
-pub(super) enum End {
-    /// The client's side.
-    Client(io::Error),
-    /// The server's side.
-    Server(io::Error),
-    /// No byte moved for too long.
-    Idle,
-    /// The tunnel that carried it is gone.
-    Tunnel,
-}
-
-impl From<End> for Failure {
-    fn from(end: End) -> Self {
-        match end {
-            End::Client(error) => Self::new(Reason::ClientReset, &error),
-            End::Server(error) => Self::new(Reason::ServerReset, &error),
-            End::Idle => Reason::IdleTimeout.into(),
-            End::Tunnel => Reason::TunnelLost.into(),
-        }
-    }
-}
-
-/// Which end of the connection a socket is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Side {
-    Client,
-    Server,
-}
-
-impl Side {
-    fn failed(self, error: io::Error) -> End {
-        match self {
-            Self::Client => End::Client(error),
-            Self::Server => End::Server(error),
-        }
-    }
-
-    fn other(self) -> Self {
-        match self {
-            Self::Client => Self::Server,
-            Self::Server => Self::Client,
-        }
-    }
-
-    /// Counts bytes that this side sent.
-    fn sent(self, records: &[&Record], bytes: usize) {
-        for record in records {
-            match self {
-                Self::Client => record.client_sent(bytes),
-                Self::Server => record.server_sent(bytes),
-            }
-        }
-    }
-}
+pub(super) use ends::{End, Side, reset_behind};
+use ends::{Receiving, no_reset, poll_reset, reset_of, stream_ended};
 
 /// Relays between two sockets, for the pod of each record. What was read from the client already, it
 /// has `said`.
@@ -195,15 +141,6 @@ pub(super) async fn tunnel(
     result
 }
 
-/// Resets a stream for its socket, behind what was sent. RFC 9113 §8.5: an error of the TCP connection is
-/// a stream error of this type.
-pub(super) async fn reset_behind(send: &mut SendStream<Bytes>) {
-    // A reset takes the place of what waits to be sent. The tunnel, which was woken before this task
-    // will be, sends first what its peer has room for.
-    yield_now().await;
-    send.send_reset(H2Reason::CONNECT_ERROR);
-}
-
 /// What both directions of one connection share.
 struct Relay<'a> {
     buffers: &'a Buffers,
@@ -217,16 +154,6 @@ enum Order {
     FirstFirst,
     /// So that one that always has something to move leaves the other its share.
     InTurns,
-}
-
-/// How far the direction is that comes out of a tunnel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Receiving {
-    /// The stream is read, which tells of its end.
-    Flows,
-    /// Nobody reads the stream, since the socket takes nothing.
-    Stalls,
-    Ended,
 }
 
 impl<'a> Relay<'a> {
@@ -501,59 +428,4 @@ fn has_ended(
         *direction = None;
     }
     Ok(true)
-}
-
-/// Returns when the socket, which is this `side`, has been reset.
-async fn reset_of(reader: &ReadHalf<'_>, side: Side) -> End {
-    // Fails only with the runtime.
-    let _ = reader.ready(Interest::ERROR).await;
-    // The kernel calls it EPIPE where the peer's FIN came first.
-    side.failed(io::Error::from_raw_os_error(libc::ECONNRESET))
-}
-
-/// Watches a socket that has said all it had to say: until the other direction has ended, only a
-/// reset can still come from it.
-async fn no_reset(
-    reader: &ReadHalf<'_>,
-    side: Side,
-    other_ended: impl Future<Output = ()>,
-) -> Result<(), End> {
-    tokio::select! {
-        biased;
-        () = other_ended => Ok(()),
-        end = reset_of(reader, side) => Err(end),
-    }
-}
-
-/// Whether the peer has reset the stream, where nobody hears of it by reading it.
-fn poll_reset(
-    cx: &mut Context<'_>,
-    send: &mut SendStream<Bytes>,
-    side: Side,
-    receiving: &Cell<Receiving>,
-) -> Poll<Result<(), End>> {
-    if receiving.get() == Receiving::Flows {
-        return Poll::Pending;
-    }
-    send.poll_reset(cx).map(|told| match told {
-        Ok(reason) => reset(reason, side.other()),
-        Err(error) => stream_ended(&error, side.other()),
-    })
-}
-
-/// How the peer ended a stream early: without an error when it wants no more of it (RFC 9113
-/// §8.1), as a failure of the far side, or with the tunnel.
-fn stream_ended(error: &h2::Error, far: Side) -> Result<(), End> {
-    match error.reason() {
-        Some(reason) if error.is_reset() => reset(reason, far),
-        _ => Err(End::Tunnel),
-    }
-}
-
-fn reset(reason: H2Reason, far: Side) -> Result<(), End> {
-    if reason == H2Reason::NO_ERROR {
-        return Ok(());
-    }
-    let error = io::Error::new(io::ErrorKind::ConnectionReset, reason.description());
-    Err(far.failed(error))
 }

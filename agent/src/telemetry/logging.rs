@@ -129,6 +129,9 @@ impl<W: io::Write> io::Write for Batches<W> {
         if self.lines.len() + line.len() > GATHERED {
             self.write_out()?;
         }
+        if self.lines.is_empty() {
+            self.lines.reserve(GATHERED);
+        }
         self.lines.extend_from_slice(line);
         Ok(line.len())
     }

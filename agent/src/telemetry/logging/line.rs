@@ -104,59 +104,89 @@ struct Fields<'a, 'w> {
 
 impl Fields<'_, '_> {
     /// `text` is for the plain form, `value` for JSON.
-    fn pair(&mut self, field: &Field, text: fmt::Arguments<'_>, value: &serde_json::Value) {
+    fn pair(
+        &mut self,
+        field: &Field,
+        text: fmt::Arguments<'_>,
+        value: impl FnOnce() -> serde_json::Value,
+    ) {
         // Where the bridge from the `log` crate found an event is no field of that event.
         if self.result.is_err() || field.name().starts_with("log.") {
             return;
         }
         self.result = match self.format {
-            LogFormat::Json => write!(self.writer, ",{}:{value}", json(field.name())),
-            LogFormat::Text if field.name() == "message" => self
-                .writer
-                .write_char('\t')
+            LogFormat::Json => write!(self.writer, ",{}:{}", json(field.name()), value()),
+            LogFormat::Text => self
+                .name(field)
                 .and_then(|()| OneLine(self.writer).write_fmt(text)),
-            LogFormat::Text => {
-                let separator = if self.pairs == 0 { '\t' } else { ' ' };
-                self.pairs += 1;
-                write!(self.writer, "{separator}{}=", field.name())
-                    .and_then(|()| OneLine(self.writer).write_fmt(text))
-            }
         };
+    }
+
+    /// What stands before a field's value in the plain form.
+    fn name(&mut self, field: &Field) -> fmt::Result {
+        if field.name() == "message" {
+            return self.writer.write_char('\t');
+        }
+        self.writer
+            .write_char(if self.pairs == 0 { '\t' } else { ' ' })?;
+        self.pairs += 1;
+        self.writer.write_str(field.name())?;
+        self.writer.write_char('=')
+    }
+
+    /// A text that stands between quotes as it is, as nearly all do.
+    fn quoted(&mut self, field: &Field, text: &str) {
+        if self.result.is_ok() {
+            self.result = self.name(field).and_then(|()| {
+                self.writer.write_char('"')?;
+                self.writer.write_str(text)?;
+                self.writer.write_char('"')
+            });
+        }
     }
 }
 
 impl Visit for Fields<'_, '_> {
     fn record_f64(&mut self, field: &Field, value: f64) {
-        self.pair(field, format_args!("{value}"), &value.into());
+        self.pair(field, format_args!("{value}"), || value.into());
     }
 
     fn record_i64(&mut self, field: &Field, value: i64) {
-        self.pair(field, format_args!("{value}"), &value.into());
+        self.pair(field, format_args!("{value}"), || value.into());
     }
 
     fn record_u64(&mut self, field: &Field, value: u64) {
-        self.pair(field, format_args!("{value}"), &value.into());
+        self.pair(field, format_args!("{value}"), || value.into());
     }
 
     fn record_bool(&mut self, field: &Field, value: bool) {
-        self.pair(field, format_args!("{value}"), &value.into());
+        self.pair(field, format_args!("{value}"), || value.into());
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
         if field.name() == "message" {
-            self.pair(field, format_args!("{value}"), &value.into());
+            self.pair(field, format_args!("{value}"), || value.into());
+        } else if self.format == LogFormat::Text
+            && is_plain(value)
+            && !value.contains(['"', '\\'])
+            && !field.name().starts_with("log.")
+        {
+            self.quoted(field, value);
         } else {
-            self.pair(field, format_args!("{value:?}"), &value.into());
+            self.pair(field, format_args!("{value:?}"), || value.into());
         }
     }
 
     fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
-        let json = match self.format {
-            LogFormat::Json => format!("{value:?}").into(),
-            LogFormat::Text => serde_json::Value::Null,
-        };
-        self.pair(field, format_args!("{value:?}"), &json);
+        self.pair(field, format_args!("{value:?}"), || {
+            format!("{value:?}").into()
+        });
     }
+}
+
+/// Whether all of it can be printed, and is ASCII.
+fn is_plain(text: &str) -> bool {
+    text.bytes().all(|byte| matches!(byte, b' '..=b'~'))
 }
 
 /// Escapes control characters, so that no value can begin a line or a column of its own.
@@ -164,6 +194,9 @@ struct OneLine<'a, 'w>(&'a mut Writer<'w>);
 
 impl fmt::Write for OneLine<'_, '_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
+        if is_plain(text) {
+            return self.0.write_str(text);
+        }
         for part in text.split_inclusive(char::is_control) {
             let last = part.chars().next_back().filter(|last| last.is_control());
             match last {

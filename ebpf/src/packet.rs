@@ -35,6 +35,8 @@ pub const SYN: u8 = 0x02;
 pub const RST: u8 = 0x04;
 pub const ACK: u8 = 0x10;
 
+/// States of a socket, from `net/tcp_states.h`.
+pub const TCP_TIME_WAIT: u32 = 6;
 pub const TCP_LISTEN: u32 = 10;
 
 /// What a packet is to the programs.
@@ -299,7 +301,7 @@ pub fn listener_receives(ctx: &TcContext, flow: &Flow) -> bool {
 
 /// The state of the socket of this netns that would receive `flow`.
 #[inline(always)]
-fn receiver(ctx: &TcContext, flow: &Flow) -> Option<u32> {
+pub fn receiver(ctx: &TcContext, flow: &Flow) -> Option<u32> {
     let (mut tuple, size) = tuple(flow);
     // SAFETY: the tuple is fully initialised for the size that is passed; a socket found is
     // referenced, read, and released once.

@@ -14,7 +14,7 @@ use std::{
 
 use malla_testbed::{
     Capture, EchoApp, Fate, Node, PORT, Pod, PodSpec, SECRET, TcpState, Testbed, eventually,
-    same_family,
+    same_family, say,
 };
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -287,5 +287,53 @@ fn a_meshed_client_whose_ports_are_those_of_the_dial_range_is_served() {
             let fate = caller.patience(Duration::from_secs(1)).call((*to, PORT));
             assert_eq!(fate, Fate::Echoed, "{client}:{port}");
         }
+    }
+}
+
+/// An agent's resets that are lost, as by a rule of the pod's own, leave connections of the app's: they
+/// aren't reset for it by the next ones, which go round their ports without a wait.
+#[test]
+fn a_port_whose_connection_the_app_still_has_is_gone_round() {
+    const LOSE: &str = "table inet lossy { chain input { type filter hook input priority 0\n\
+        iifname lo tcp dport 8080 tcp flags & rst == rst drop\n}\n}\n";
+    let scene = Scene::new(server().settings("dialPorts: 20000-20999"));
+    for to in scene.server.addresses() {
+        let mut held = scene.client.connect((*to, PORT)).unwrap();
+        assert_eq!(say(&mut held, SECRET), Fate::Echoed);
+        let apps_ends = || {
+            let sockets = scene.server.sockets().into_iter();
+            let open = sockets.filter(|socket| {
+                let (local, remote) = (socket.local, socket.remote);
+                socket.state == TcpState::Established
+                    && local == SocketAddr::new(*to, PORT)
+                    && (20_000..=20_999).contains(&remote.port())
+            });
+            open.map(|socket| socket.remote).collect::<Vec<_>>()
+        };
+        let ends = apps_ends();
+        assert_eq!(ends.len(), 1, "{ends:?}");
+        let nft = scene.server.command(["nft", "-f", "-"]);
+        nft.input(LOSE).run().unwrap();
+        socket2::SockRef::from(&held)
+            .set_linger(Some(Duration::ZERO))
+            .unwrap();
+        drop(held);
+        eventually("the agent's end to be gone", LIMIT, || {
+            let mut sockets = scene.server.sockets().into_iter();
+            !sockets.any(|socket| socket.local == ends[0])
+        })
+        .unwrap();
+        let nft = scene
+            .server
+            .command(["nft", "delete", "table", "inet", "lossy"]);
+        nft.run().unwrap();
+        // Once each port, and some.
+        for turn in 0..1010 {
+            let (fate, time) = scene.client.caller().timed_call((*to, PORT));
+            assert_eq!(fate, Fate::Echoed, "call {turn} to {to}");
+            // Less than the first repetition of a SYN.
+            assert!(time < Duration::from_millis(900), "call {turn}: {time:?}");
+        }
+        assert_eq!(apps_ends(), ends, "the app's own end is as it was");
     }
 }

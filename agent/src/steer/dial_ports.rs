@@ -12,17 +12,15 @@ use crate::model::PortRange;
 /// Source ports towards the app of one pod, shared by all workers.
 ///
 /// They go round the whole range before one comes again, so that its last connection is as long
-/// gone as can be. From the second round on, and as soon as a client has used a port of the range
-/// itself, the kernel is asked whether the app's side of a tuple is free: a connection that is
-/// closed on one side, or a client's own, would answer the SYN in the app's stead.
+/// gone as can be. A SYN to a connection that the app's side of a tuple still has isn't let through
+/// (`ebpf/loopback.rs`). As soon as a client has used a port of the range itself, the kernel is asked
+/// before: it may have left a connection in `TIME_WAIT`, whose clock is another.
 #[derive(Debug)]
 pub struct DialPorts {
     range: PortRange,
     /// Ports of the range that something else has, in order.
     taken: Vec<u16>,
     next: AtomicU32,
-    /// Ports that haven't been used yet.
-    first_round: AtomicU32,
     /// Whether clients use ports of the range themselves.
     overlaps: AtomicBool,
     diag: SocketDiag,
@@ -32,16 +30,13 @@ impl DialPorts {
     /// The ports of `range` but those in `taken`. To be made in the pod's netns.
     pub fn new(range: PortRange, taken: impl Fn(u16) -> bool) -> io::Result<Self> {
         let taken = (range.first..=range.last).filter(|port| taken(*port));
-        let new = Self {
+        Ok(Self {
             range,
             taken: taken.collect(),
             next: AtomicU32::new(fastrand::u32(..)),
-            first_round: AtomicU32::new(0),
             overlaps: AtomicBool::new(false),
             diag: SocketDiag::open()?,
-        };
-        new.first_round.store(new.free(), Ordering::Relaxed);
-        Ok(new)
+        })
     }
 
     /// How many ports it has.
@@ -77,23 +72,16 @@ impl DialPorts {
     }
 
     /// Whether a connection at the app's end is in the way of this tuple, which has been announced
-    /// already, so that none can come from now on. A connection that was the agent's and is over
-    /// is in nobody's way (RFC 6191); one that may have been the client's, whose clock is another,
-    /// is, unless there is nothing better (`pressed`).
+    /// already, so that none can come from now on. Asked of the kernel where clients use such ports: one
+    /// that is over may have been the client's, and is in the way unless there is nothing better
+    /// (`pressed`). One that was the agent's is in nobody's way (RFC 6191).
     pub(super) fn is_blocked(&self, source: SocketAddr, app: SocketAddr, pressed: bool) -> bool {
-        let overlaps = self.overlaps();
-        let first_round = |left: u32| left.checked_sub(1);
-        let first =
-            self.first_round
-                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, first_round);
-        if first.is_ok() && !overlaps {
-            return false;
-        }
-        match self.holder(source, app) {
-            Held::No => false,
-            Held::TimeWait => overlaps && !pressed,
-            Held::Answered | Held::Connection => true,
-        }
+        self.overlaps()
+            && match self.holder(source, app) {
+                Held::No => false,
+                Held::TimeWait => !pressed,
+                Held::Answered | Held::Connection => true,
+            }
     }
 
     /// What at the app's end has this tuple.

@@ -14,6 +14,7 @@ use malla_testbed::{
     Fate, Impairment, Link, Pair, Pod, PodSpec, SERVICE_PORT, Testbed, Way, accept, listen,
     payload, same_family,
 };
+use nix::sys::signal::Signal;
 
 const WAYS: [Way; 5] = [
     Way::Mesh,
@@ -251,5 +252,43 @@ fn the_first_answer_on_a_new_connection_takes_one_round_trip() {
         let fastest = (0..3).map(|_| call()).min().unwrap();
         let taken = fastest.as_millis() / (2 * DELAY).as_millis();
         assert_eq!(taken, trips, "{way:?}: {fastest:?}");
+    }
+}
+
+/// What a client says first is sent with the ACK of the server's SYN-ACK, so that a server which reads
+/// as soon as it accepts isn't woken a second time for it.
+#[test]
+fn what_a_client_says_first_is_there_when_its_server_accepts() {
+    const SAID: &[u8] = b"the first words";
+    for way in [Way::Mesh, Way::ToService] {
+        let bed = Testbed::new("first").unwrap();
+        let bed = bed.with_agent_arguments(["--workers", "1"]);
+        let (client, server) = (PodSpec::new("client"), PodSpec::new("server"));
+        let pair = Pair::on(bed, way, client, server).unwrap();
+        let listener = listen(&pair.server, SERVICE_PORT).unwrap();
+        // Opens the tunnel, whose first answer tells what the server's agent takes.
+        let mut client = pair.dial(pair.address(SERVICE_PORT)).unwrap();
+        let mut server = accept(&listener).unwrap();
+        server.write_all(SAID).unwrap();
+        client.read_exact(&mut [0; SAID.len()]).unwrap();
+        let [agent, _] = pair.agents();
+        agent.process().signal(Signal::SIGSTOP).unwrap();
+        let clients: Vec<_> = (0..20)
+            .map(|_| {
+                let mut client = pair.dial(pair.address(SERVICE_PORT)).unwrap();
+                client.write_all(SAID).unwrap();
+                client
+            })
+            .collect();
+        agent.process().signal(Signal::SIGCONT).unwrap();
+        for (number, _client) in clients.iter().enumerate() {
+            // Without the pauses of `accept`.
+            let (mut server, _) = listener.accept().unwrap();
+            server.set_nonblocking(true).unwrap();
+            let mut heard = [0; 2 * SAID.len()];
+            let length = server.read(&mut heard);
+            let length = length.unwrap_or_else(|error| panic!("{way:?}, {number}: {error}"));
+            assert_eq!(&heard[..length], SAID, "{way:?}, {number}");
+        }
     }
 }

@@ -3,23 +3,21 @@
 use std::{
     cell::RefCell,
     io,
+    os::fd::AsRawFd,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
-use socket2::SockRef;
-use tokio::{
-    io::{AsyncWrite, Interest},
-    net::{
-        TcpStream,
-        tcp::{ReadHalf, WriteHalf},
-    },
+use nix::{
+    errno::Errno,
+    sys::socket::{MsgFlags, recv},
 };
+use tokio::net::{TcpStream, tcp::ReadHalf};
 use tokio_util::io::poll_read_buf;
 
-use super::hbone;
+use super::{hbone, writer::Writer};
 use crate::steer::{Credit, Queues};
 
 /// What one read takes at first. It grows while reads fill it. With the head of its frame it fills
@@ -40,6 +38,8 @@ const LEAST: usize = TURN / 64;
 #[derive(Debug)]
 pub(super) struct Buffers {
     buffer: RefCell<BytesMut>,
+    /// What the first chunk of a connection is read into.
+    first: RefCell<Box<[u8]>>,
     queues: Arc<Queues>,
 }
 
@@ -74,13 +74,14 @@ impl Buffers {
     pub(super) fn new(queues: Arc<Queues>) -> Self {
         Self {
             buffer: RefCell::default(),
+            first: RefCell::new(vec![0; MIN_CHUNK].into()),
             queues,
         }
     }
 
     /// What may be written to `socket`. None: whatever TCP takes.
-    pub(super) fn credit(&self, socket: &TcpStream) -> Option<Box<Credit>> {
-        self.queues.credit(socket).map(Box::new)
+    pub(super) fn credit(&self, socket: &TcpStream) -> Option<Credit> {
+        self.queues.credit(socket)
     }
 
     /// Reads one chunk. Empty at the end of the stream.
@@ -96,41 +97,47 @@ impl Buffers {
         Poll::Ready(Ok((take(&mut buffer, 0, read), then)))
     }
 
+    /// Reads what has come already from a socket that the event loop hasn't told of yet, at most one
+    /// chunk. None: nothing has come.
+    pub(super) fn read_at_once(&self, socket: &TcpStream) -> Option<io::Result<(Bytes, Then)>> {
+        let mut first = self.first.borrow_mut();
+        let mut read = 0;
+        let then = loop {
+            match recv(socket.as_raw_fd(), &mut first[read..], MsgFlags::empty()) {
+                Ok(0) => break Then::End,
+                Ok(more) => read += more,
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) if read == 0 => return None,
+                Err(Errno::EAGAIN) => break Then::More,
+                Err(error) if read == 0 => return Some(Err(error.into())),
+                Err(error) => break Then::Failed(error.into()),
+            }
+            if read == first.len() {
+                break Then::More;
+            }
+        };
+        Some(Ok((Bytes::copy_from_slice(&first[..read]), then)))
+    }
+
     /// Reads one chunk and writes what the writer takes of it at once, without a copy.
     pub(super) fn poll_move(
         &self,
         cx: &mut Context<'_>,
         pace: &mut Pace,
         reader: &mut ReadHalf<'_>,
-        writer: &mut WriteHalf<'_>,
-        credit: Option<&mut Credit>,
+        writer: &mut Writer<'_>,
     ) -> Poll<Result<Moved, Moving>> {
         let mut buffer = self.buffer.borrow_mut();
         let then = ready!(self.poll_into(&mut buffer, cx, pace, reader)).map_err(Moving::Read)?;
         let read = buffer.len();
         let is_last = matches!(then, Then::End);
-        let at_once = credit
-            .as_ref()
-            .map_or(read, |credit| credit.left().min(read));
-        let written = if at_once == 0 {
-            0
-        } else {
-            match poll_write(cx, writer, &buffer[..at_once], credit.as_deref(), is_last) {
-                Poll::Ready(Ok(written)) => {
-                    if let Some(credit) = credit {
-                        credit.wrote(written, at_once);
-                    }
-                    written
-                }
-                Poll::Ready(Err(error)) => {
-                    if !credit.is_some_and(|credit| credit.outlives(&error)) {
-                        buffer.clear();
-                        return Poll::Ready(Err(Moving::Write(error)));
-                    }
-                    0
-                }
-                Poll::Pending => 0,
+        let written = match writer.poll_write(cx, &buffer, is_last) {
+            Poll::Ready(Ok(written)) => written,
+            Poll::Ready(Err(error)) => {
+                buffer.clear();
+                return Poll::Ready(Err(Moving::Write(error)));
             }
+            Poll::Pending => 0,
         };
         let rest = take(&mut buffer, written, read);
         let bytes = read;
@@ -186,48 +193,6 @@ fn poll_until_empty(
     loop {
         ready!(socket.poll_read_ready(cx))?;
         match socket.try_read_buf(buffer) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            done => return Poll::Ready(done),
-        }
-    }
-}
-
-/// Writes, and where it may be redirected waits only when the kernel has said that there is no room.
-/// tokio's own write waits after one that was cut short, as for want of memory: no event tells of its
-/// end, since nothing is on its way. What `is_last` goes with the end of the stream, in one packet.
-pub(super) fn poll_write(
-    cx: &mut Context<'_>,
-    writer: &mut WriteHalf<'_>,
-    bytes: &[u8],
-    credit: Option<&Credit>,
-    is_last: bool,
-) -> Poll<io::Result<usize>> {
-    if credit.is_none_or(Credit::is_by_tcp) {
-        if is_last {
-            return poll_write_last(cx, writer.as_ref(), bytes);
-        }
-        return Pin::new(writer).poll_write(cx, bytes);
-    }
-    loop {
-        ready!(writer.as_ref().poll_write_ready(cx))?;
-        match writer.try_write(bytes) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            done => return Poll::Ready(done),
-        }
-    }
-}
-
-/// Writes what the kernel is to keep until the socket is shut down, which must follow: it waits for
-/// 200 ms at most (tcp(7), `TCP_CORK`).
-fn poll_write_last(
-    cx: &mut Context<'_>,
-    socket: &TcpStream,
-    bytes: &[u8],
-) -> Poll<io::Result<usize>> {
-    loop {
-        ready!(socket.poll_write_ready(cx))?;
-        let send = || SockRef::from(socket).send_with_flags(bytes, libc::MSG_MORE);
-        match socket.try_io(Interest::WRITABLE, send) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             done => return Poll::Ready(done),
         }

@@ -3,9 +3,9 @@
 
 mod tunnelled;
 
-use std::{net::SocketAddr, pin::pin, rc::Rc, sync::Arc, time::Duration};
+use std::{mem, net::SocketAddr, pin::pin, rc::Rc, sync::Arc, time::Duration};
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use malla_common::Reason;
 use tokio::net::TcpStream;
 
@@ -22,7 +22,7 @@ use super::{
 use crate::{
     ledger::{Accounted, Kind},
     model::MtlsMode,
-    steer::{DialError, to_app},
+    steer::{DialError, ToApp, to_app},
     telemetry::{ConnectionLabels, Direction, Failure, NoTls, Security},
 };
 pub(super) use tunnelled::serve_mesh;
@@ -83,7 +83,8 @@ pub(super) async fn serve_plaintext(
         };
         return record.close(result);
     }
-    let dialling = Box::pin(dial(&worker, &pod, source, destination, None));
+    let mut opening = Opening::default();
+    let dialling = Box::pin(dial(&worker, &pod, source, destination, &mut opening));
     let mut server = match dialling.await {
         Ok(server) => server,
         Err(error) => return record.close(Err(error.reason())),
@@ -107,6 +108,7 @@ pub(super) async fn serve_plaintext(
 pub(super) struct ToNeighbour {
     pair: Rc<Pair>,
     server: Accounted<TcpStream>,
+    opening: Opening,
     record: Record,
     idle: Option<Duration>,
     _counted: (Live, Admitted),
@@ -118,8 +120,8 @@ pub(super) async fn reach_neighbour(
     worker: &Rc<Worker>,
     source_pod: &Rc<PodContext>,
     pair: &Rc<Pair>,
-    source: SocketAddr,
-    destination: SocketAddr,
+    (source, destination): (SocketAddr, SocketAddr),
+    (said, is_last): (Bytes, bool),
 ) -> Result<ToNeighbour, Failure> {
     let live = worker.count_live();
     let (pod, from) = (&pair.destination, source_pod.workload());
@@ -153,17 +155,24 @@ pub(super) async fn reach_neighbour(
         tunnelled: None,
     };
     let record = Record::open(worker, source_pod, &labels, &ends);
-    let dialling = pin!(async {
-        let dialled = dial(worker, pod, source, destination, None).await;
+    let mut opening = Opening {
+        said,
+        is_last,
+        ..Opening::default()
+    };
+    let dialling = pin!(async move {
+        let dialled = dial(worker, pod, source, destination, &mut opening).await;
+        let dialled = dialled.map(|server| (server, opening));
         Ok(dialled.map_err(|error| error.reason()))
     });
     let dialled = pair.unless_cut(dialling).await;
     match dialled {
-        Ok(Ok(server)) => {
+        Ok(Ok((server, opening))) => {
             record.dialled();
             Ok(ToNeighbour {
                 pair: Rc::clone(pair),
                 server,
+                opening,
                 record,
                 idle: idle.into_iter().flatten().min(),
                 _counted: (live, admitted),
@@ -181,22 +190,25 @@ pub(super) async fn reach_neighbour(
 }
 
 impl ToNeighbour {
-    /// Moves bytes until both directions have ended, first of them what the client has `said` already.
-    /// `from` is the outbound side's record.
+    /// Moves bytes until both directions have ended. `from` is the outbound side's record.
     pub(super) async fn relay(
         &mut self,
         buffers: &Buffers,
         client: &mut TcpStream,
-        said: Bytes,
         from: &Record,
     ) -> Result<(), Failure> {
         let Self {
             pair,
             server,
+            opening,
             record,
             idle,
             ..
         } = self;
+        for record in [from, &*record] {
+            record.client_sent(opening.sent);
+        }
+        let said = mem::take(&mut opening.said);
         let relaying = pin!(async {
             relay::tcp(buffers, &[from, &*record], client, said, server, *idle)
                 .await
@@ -208,20 +220,40 @@ impl ToNeighbour {
     }
 }
 
-/// Opens the connection to the app, with the client's address as its source. Where a peer waits for less
-/// than the pod's own limit, that is `within`.
+/// What a connection to the app is opened with, beside its ends.
+#[derive(Debug, Default)]
+pub(super) struct Opening {
+    /// The peer waits for less than the pod's own limit.
+    within: Option<Duration>,
+    /// What the client has said already, and afterwards what of it is still to be sent.
+    said: Bytes,
+    /// Its end comes behind that.
+    is_last: bool,
+    /// How many bytes were sent.
+    sent: usize,
+}
+
+/// Opens the connection to the app, with the client's address as its source.
 pub(super) async fn dial(
     worker: &Worker,
     pod: &PodContext,
     client: SocketAddr,
     destination: SocketAddr,
-    within: Option<Duration>,
+    opening: &mut Opening,
 ) -> Result<Accounted<TcpStream>, DialError> {
     let limit = pod.workload().settings.mesh_connect_timeout;
-    let limit = within.map_or(limit, |within| within.min(limit));
-    let dialled = to_app(&pod.pod, &worker.own_dial, client.ip(), destination, limit).await?;
+    let asked = ToApp {
+        client: client.ip(),
+        destination,
+        limit: opening.within.map_or(limit, |within| within.min(limit)),
+        said: &opening.said,
+        is_last: opening.is_last,
+    };
+    let dialled = to_app(&pod.pod, &worker.own_dial, asked).await?;
     if dialled.source_replaced {
         worker.metrics().source_replaced();
     }
+    opening.said.advance(dialled.sent);
+    opening.sent = dialled.sent;
     Ok(dialled.stream.turned_into(Kind::AppInbound))
 }

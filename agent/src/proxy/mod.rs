@@ -32,6 +32,7 @@ mod turns;
 mod witness;
 mod worker;
 mod workers;
+mod writer;
 
 use std::net::SocketAddr;
 

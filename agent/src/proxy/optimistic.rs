@@ -6,6 +6,7 @@
 
 use std::{
     cell::{Cell, RefCell},
+    io,
     task::{Context, Poll, ready},
 };
 
@@ -28,33 +29,43 @@ pub(super) struct OptimisticData<'a> {
 }
 
 impl<'a> OptimisticData<'a> {
+    /// Of a connection that has just been accepted. A client that speaks first has nearly always spoken
+    /// by then, and is heard without the event loop.
     pub(super) fn of(client: &'a mut TcpStream, buffers: &'a Buffers) -> Self {
-        Self {
+        let read = buffers.read_at_once(client);
+        let data = Self {
             buffers,
             reader: RefCell::new(client.split().0),
             kept: RefCell::default(),
             then: RefCell::default(),
             at_peer: Cell::new(false),
+        };
+        if let Some(read) = read {
+            data.keep(read);
         }
+        data
+    }
+
+    fn keep(&self, read: io::Result<(Bytes, Then)>) {
+        let then = match read {
+            Ok((said, then)) => {
+                self.kept.replace(said);
+                then
+            }
+            Err(error) => Then::Failed(error),
+        };
+        self.then.replace(Some(then));
     }
 
     /// Ready when the app has said something, or has reset its connection; never for one that ends
     /// without a word.
     pub(super) fn poll(&self, cx: &mut Context<'_>) -> Poll<()> {
-        let mut then = self.then.borrow_mut();
-        if then.is_none() {
+        if self.then.borrow().is_none() {
             let mut reader = self.reader.borrow_mut();
             let mut pace = Pace::default();
-            let read = ready!(self.buffers.poll_read(cx, &mut pace, &mut reader));
-            *then = Some(match read {
-                Ok((said, then)) => {
-                    self.kept.replace(said);
-                    then
-                }
-                Err(error) => Then::Failed(error),
-            });
+            self.keep(ready!(self.buffers.poll_read(cx, &mut pace, &mut reader)));
         }
-        if self.kept.borrow().is_empty() && !matches!(*then, Some(Then::Failed(_))) {
+        if self.kept.borrow().is_empty() && self.failure().is_none() {
             return Poll::Pending;
         }
         Poll::Ready(())
@@ -67,8 +78,7 @@ impl<'a> OptimisticData<'a> {
         if kept.is_empty() || self.at_peer.get() {
             return;
         }
-        let ends = matches!(*self.then.borrow(), Some(Then::End));
-        if stream.send_data(kept, ends).is_ok() {
+        if stream.send_data(kept, self.ends()).is_ok() {
             self.at_peer.set(true);
         }
     }
@@ -79,6 +89,16 @@ impl<'a> OptimisticData<'a> {
             Some(Then::Failed(error)) => Some(Failure::new(Reason::ClientReset, error)),
             _ => None,
         }
+    }
+
+    /// Whether the app's end comes behind what was taken from it.
+    pub(super) fn ends(&self) -> bool {
+        matches!(*self.then.borrow(), Some(Then::End))
+    }
+
+    /// Of an app that has reset its connection already, no server hears.
+    pub(super) fn fail_if_reset(&self) -> Result<(), Failure> {
+        self.failure().map_or(Ok(()), Err)
     }
 
     /// The peer is known to have given it to nobody.

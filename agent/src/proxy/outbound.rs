@@ -82,8 +82,8 @@ pub(super) enum Server {
         send: SendStream<Bytes>,
         receive: RecvStream,
     },
-    /// … and what the client has said while another way was tried.
-    Neighbour(Box<ToNeighbour>, Bytes),
+    Neighbour(Box<ToNeighbour>),
+    /// … and what the client has said before it was open.
     Plain(Box<Accounted<TcpStream>>, Bytes),
 }
 
@@ -207,12 +207,13 @@ impl Opened {
                 lease,
                 send,
                 receive,
-            } => relay::tunnel(buffers, record, Side::Client, client, send, receive, idle)
-                .await
-                .map_err(|end| lease.failed(end)),
-            Server::Neighbour(server, said) => {
-                Box::pin(server.relay(buffers, client, mem::take(said), record)).await
+            } => {
+                let (side, stream) = (Side::Client, (send, receive));
+                relay::tunnel(buffers, record, side, client, stream, None, idle)
+                    .await
+                    .map_err(|end| lease.failed(end))
             }
+            Server::Neighbour(server) => Box::pin(server.relay(buffers, client, record)).await,
             Server::Plain(server, said) => {
                 let said = mem::take(said);
                 Box::pin(relay::tcp(buffers, &[record], client, said, server, idle))
@@ -352,8 +353,10 @@ pub(super) async fn connect(
         Route::Mesh(workload) => workload,
         Route::Neighbour(_, pair) if pair.allowed().await? => {
             told(Progress::Proved);
-            let opened = inbound::reach_neighbour(worker, pod, pair, source, destination).await?;
-            return Ok(Server::Neighbour(Box::new(opened), data.kept()));
+            data.fail_if_reset()?;
+            let (ends, said) = ((source, destination), (data.kept(), data.ends()));
+            let opened = inbound::reach_neighbour(worker, pod, pair, ends, said).await?;
+            return Ok(Server::Neighbour(Box::new(opened)));
         }
         Route::Neighbour(workload, _) => {
             told(Progress::Tunnelled);
@@ -364,6 +367,7 @@ pub(super) async fn connect(
             if !settings.allows_plaintext_to(destination.ip()) {
                 return Err(Reason::EgressRefused.into());
             }
+            data.fail_if_reset()?;
             let server = to_network(&pod.pod, destination, settings.connect_timeout)
                 .await
                 .map_err(|error| Failure::from(error.reason()))?;

@@ -13,7 +13,13 @@ use malla_common::Reason;
 use tokio::{net::TcpStream, time::timeout};
 
 use self::http::Heads;
-use super::{inbound::dial, pod::PodContext, record::Record, relay, worker::Worker};
+use super::{
+    inbound::{Opening, dial},
+    pod::PodContext,
+    record::Record,
+    relay,
+    worker::Worker,
+};
 use crate::{
     ledger::Accounted,
     model::{Ask, Workload},
@@ -107,7 +113,8 @@ impl Probed<'_> {
             destination,
             ..
         } = *self;
-        let dialled = dial(worker, pod, source, destination, None).await;
+        let opening = &mut Opening::default();
+        let dialled = dial(worker, pod, source, destination, opening).await;
         let server = dialled.map_err(|error| Failure::from(error.reason()))?;
         self.record.dialled();
         Ok(server)

@@ -20,7 +20,6 @@ use bytes::{Buf, Bytes};
 use h2::{RecvStream, SendStream};
 use malla_common::Reason;
 use tokio::{
-    io::AsyncWriteExt,
     net::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
@@ -30,13 +29,11 @@ use tokio::{
 
 use super::{
     activity::Activity,
-    buffers::{Buffers, Moved, Moving, Pace, Then, poll_write},
+    buffers::{Buffers, Moved, Moving, Pace, Then},
     record::Record,
+    writer::Writer,
 };
-use crate::{
-    steer::{Credit, end_orderly},
-    telemetry::Failure,
-};
+use crate::{steer::end_orderly, telemetry::Failure};
 pub(super) use ends::{End, Side, reset_behind};
 use ends::{Receiving, no_reset, poll_reset, reset_of, stream_ended};
 
@@ -98,14 +95,15 @@ pub(super) async fn answers(
     }
 }
 
-/// Relays between a socket, which is this `side` of the connection, and a stream of a tunnel.
+/// Relays between a socket, which is this `side` of the connection, and a stream of a tunnel, of which
+/// the `first` bytes were read already.
 pub(super) async fn tunnel(
     buffers: &Buffers,
     record: &Record,
     side: Side,
     socket: &mut TcpStream,
-    send: &mut SendStream<Bytes>,
-    receive: &mut RecvStream,
+    (send, receive): (&mut SendStream<Bytes>, &mut RecvStream),
+    first: Option<Box<Bytes>>,
     idle: Option<Duration>,
 ) -> Result<(), End> {
     let records = [record];
@@ -113,7 +111,7 @@ pub(super) async fn tunnel(
     let result = {
         let (mut reader, writer) = socket.split();
         let receiving = Cell::new(Receiving::Flows);
-        let down = pin!(relay.stream_to_socket(side, writer, receive, &receiving));
+        let down = pin!(relay.stream_to_socket(side, writer, receive, first, &receiving));
         let up = pin!(async {
             relay
                 .socket_to_stream(side, &mut reader, send, &receiving)
@@ -146,6 +144,8 @@ struct Relay<'a> {
     buffers: &'a Buffers,
     records: &'a [&'a Record],
     activity: Activity,
+    /// The sides whose end has been read and passed on.
+    passed_on: [Cell<bool>; 2],
 }
 
 /// Which of two directions is polled first.
@@ -162,6 +162,7 @@ impl<'a> Relay<'a> {
             buffers,
             records,
             activity: Activity::new(idle),
+            passed_on: [Cell::new(false), Cell::new(false)],
         }
     }
 
@@ -197,23 +198,19 @@ impl<'a> Relay<'a> {
         &self,
         side: Side,
         reader: &mut ReadHalf<'_>,
-        mut writer: WriteHalf<'_>,
+        writer: WriteHalf<'_>,
         mut said: Bytes,
     ) -> Result<(), End> {
         let mut pace = Pace::default();
-        let mut credit = self.buffers.credit(writer.as_ref());
+        let mut writer = Writer::new(writer, self.buffers);
         if !said.is_empty() {
             let bytes = said.len();
-            let written = Box::pin(self.write(&mut writer, &mut said, &mut credit, false)).await;
+            let written = Box::pin(self.write(&mut writer, &mut said, false)).await;
             written.map_err(|error| side.other().failed(error))?;
             side.sent(self.records, bytes);
         }
         loop {
-            let moving = poll_fn(|cx| {
-                let credit = credit.as_deref_mut();
-                self.buffers
-                    .poll_move(cx, &mut pace, reader, &mut writer, credit)
-            });
+            let moving = poll_fn(|cx| self.buffers.poll_move(cx, &mut pace, reader, &mut writer));
             let moved = moving.await.map_err(|failure| match failure {
                 Moving::Read(error) => side.failed(error),
                 Moving::Write(error) => side.other().failed(error),
@@ -227,7 +224,7 @@ impl<'a> Relay<'a> {
                 let is_last = matches!(then, Then::End);
                 tokio::select! {
                     biased;
-                    written = self.write(&mut writer, &mut rest, &mut credit, is_last) => {
+                    written = self.write(&mut writer, &mut rest, is_last) => {
                         written.map_err(|error| side.other().failed(error))?;
                     }
                     end = Box::pin(reset_of(reader, side)) => return Err(end),
@@ -238,12 +235,26 @@ impl<'a> Relay<'a> {
             match then {
                 Then::More => pace.rest(bytes).await,
                 Then::End => {
-                    // Fails when the other side is gone already, which its own reader notices.
-                    let _ = writer.shutdown().await;
+                    self.passed_on(side).set(true);
+                    self.end(side.other(), &mut writer).await;
                     return Ok(());
                 }
                 Then::Failed(error) => return Err(side.failed(error)),
             }
+        }
+    }
+
+    /// Whether the end of what this `side` says has been read and passed on.
+    fn passed_on(&self, side: Side) -> &Cell<bool> {
+        &self.passed_on[usize::from(side == Side::Server)]
+    }
+
+    /// Ends what is said to this `side`. Where that was the other direction's, its socket is closed next,
+    /// which tells it as much, with a call less and without an event that nobody waits for.
+    async fn end(&self, side: Side, writer: &mut Writer<'_>) {
+        if !self.passed_on(side).get() {
+            // Fails when that side is gone already, which its own reader notices.
+            let _ = writer.shut_down().await;
         }
     }
 
@@ -271,6 +282,7 @@ impl<'a> Relay<'a> {
             if chunk.is_empty() {
                 // Refused only by a stream that has ended, which `stream_to_socket` notices.
                 let _ = send.send_data(chunk, true);
+                self.passed_on(side).set(true);
                 return Ok(());
             }
             let bytes = chunk.len();
@@ -298,7 +310,10 @@ impl<'a> Relay<'a> {
             self.activity.happened();
             match then {
                 Then::More => pace.rest(bytes).await,
-                Then::End => return Ok(()),
+                Then::End => {
+                    self.passed_on(side).set(true);
+                    return Ok(());
+                }
                 Then::Failed(error) => return Err(side.failed(error)),
             }
         }
@@ -308,20 +323,24 @@ impl<'a> Relay<'a> {
     async fn stream_to_socket(
         &self,
         side: Side,
-        mut writer: WriteHalf<'_>,
+        writer: WriteHalf<'_>,
         receive: &mut RecvStream,
+        mut first: Option<Box<Bytes>>,
         receiving: &Cell<Receiving>,
     ) -> Result<(), End> {
         let mut pace = Pace::default();
-        let mut credit = self.buffers.credit(writer.as_ref());
+        let mut writer = Writer::new(writer, self.buffers);
         loop {
             // What the socket takes at once, as nearly always all of it, needs no room in the task.
             let received = poll_fn(|cx| {
-                let received = ready!(receive.poll_data(cx));
+                let received = match first.take() {
+                    Some(first) => Some(Ok(*first)),
+                    None => ready!(receive.poll_data(cx)),
+                };
                 Poll::Ready(received.map(|chunk| {
                     let mut rest = chunk?;
                     let (bytes, is_last) = (rest.len(), receive.is_end_stream());
-                    let written = self.poll_write(cx, &mut writer, &mut rest, &mut credit, is_last);
+                    let written = self.poll_write(cx, &mut writer, &mut rest, is_last);
                     Ok((bytes, is_last, rest, written))
                 }))
             });
@@ -338,7 +357,7 @@ impl<'a> Relay<'a> {
             }
             if !rest.is_empty() {
                 receiving.set(Receiving::Stalls);
-                Box::pin(self.write(&mut writer, &mut rest, &mut credit, is_last))
+                Box::pin(self.write(&mut writer, &mut rest, is_last))
                     .await
                     .map_err(|error| side.failed(error))?;
                 receiving.set(Receiving::Flows);
@@ -352,7 +371,7 @@ impl<'a> Relay<'a> {
                 pace.rest(bytes).await;
             }
         }
-        let _ = writer.shutdown().await;
+        self.end(side, &mut writer).await;
         receiving.set(Receiving::Ended);
         Ok(())
     }
@@ -360,18 +379,13 @@ impl<'a> Relay<'a> {
     /// Writes all of `bytes`. Behind what `is_last`, the socket is to be shut down.
     async fn write(
         &self,
-        writer: &mut WriteHalf<'_>,
+        writer: &mut Writer<'_>,
         bytes: &mut Bytes,
-        credit: &mut Option<Box<Credit>>,
         is_last: bool,
     ) -> io::Result<()> {
         while !bytes.is_empty() {
-            if let Some(credit) = credit
-                && credit.left() == 0
-            {
-                Box::pin(credit.renew()).await;
-            }
-            poll_fn(|cx| self.poll_write(cx, writer, bytes, credit, is_last)).await?;
+            writer.renew().await;
+            poll_fn(|cx| self.poll_write(cx, writer, bytes, is_last)).await?;
         }
         Ok(())
     }
@@ -380,35 +394,16 @@ impl<'a> Relay<'a> {
     fn poll_write(
         &self,
         cx: &mut Context<'_>,
-        writer: &mut WriteHalf<'_>,
+        writer: &mut Writer<'_>,
         bytes: &mut Bytes,
-        credit: &mut Option<Box<Credit>>,
         is_last: bool,
     ) -> Poll<io::Result<()>> {
         while !bytes.is_empty() {
-            let most = match credit {
-                Some(credit) => credit.left().min(bytes.len()),
-                None => bytes.len(),
-            };
-            if most == 0 {
+            let written = ready!(writer.poll_write(cx, bytes, is_last))?;
+            if written == 0 {
                 break;
             }
-            let part = &bytes[..most];
-            let written = match ready!(poll_write(cx, writer, part, credit.as_deref(), is_last)) {
-                Ok(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                Ok(written) => written,
-                Err(error) => {
-                    let credit = credit.as_mut();
-                    if credit.is_some_and(|credit| credit.outlives(&error)) {
-                        continue;
-                    }
-                    return Poll::Ready(Err(error));
-                }
-            };
             bytes.advance(written);
-            if let Some(credit) = credit {
-                credit.wrote(written, most);
-            }
             self.activity.happened();
         }
         Poll::Ready(Ok(()))

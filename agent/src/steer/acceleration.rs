@@ -227,13 +227,14 @@ impl DialTag {
         &self.tags
     }
 
-    /// Tags a socket that is about to be connected to the app.
-    pub(super) fn put_on(&self, socket: &Socket) {
+    /// Tags a socket that is about to be connected to the app. Whether it is to be accelerated.
+    pub(super) fn put_on(&self, socket: &Socket) -> bool {
         let tag = self.tag.load(Ordering::Relaxed);
-        for known in [Tag::Receives, Tag::Both] {
-            if tag == known as u32 {
-                self.tags.set(socket, known);
-            }
-        }
+        let mut known = [Tag::Receives, Tag::Both].into_iter();
+        let Some(known) = known.find(|known| *known as u32 == tag) else {
+            return false;
+        };
+        self.tags.set(socket, known);
+        true
     }
 }

@@ -124,6 +124,12 @@ impl OwnDial {
         self.map.insert(flow, self.owner, 0).map_err(map_error)
     }
 
+    /// Whether it is still announced. The kernel takes the entry back where the app's side of the
+    /// tuple has a connection, whose SYN it drops (`ebpf/loopback.rs`).
+    fn is_announced(&self, flow: &Flow) -> bool {
+        !matches!(self.map.get(flow, 0), Err(MapError::KeyNotFound))
+    }
+
     /// From here on its tuple is known to the kernel as a connection, or as none.
     fn withdraw(&mut self, flow: &Flow) {
         // Gone already where the map was full, or a SYN of the same tuple came in from outside.
@@ -187,15 +193,24 @@ impl Opening {
 
     /// Waits until it is open. For one that is, no timer is set.
     pub async fn open(self, limit: Duration) -> Result<Accounted<TcpStream>, DialError> {
-        let is_open = self.is_open();
+        if self.is_open() {
+            return Ok(self.into_stream()?);
+        }
+        self.wait(limit).await
+    }
+
+    async fn wait(self, limit: Duration) -> Result<Accounted<TcpStream>, DialError> {
+        let stream = self.into_stream()?;
+        timeout(limit, stream.writable())
+            .await
+            .map_err(|_| DialError::Timeout(limit))??;
+        outcome(&stream)?;
+        Ok(stream)
+    }
+
+    fn into_stream(self) -> io::Result<Accounted<TcpStream>> {
         let (entry, socket) = self.socket.into_parts();
         let stream = TcpStream::from_std(socket.into())?;
-        if !is_open {
-            timeout(limit, stream.writable())
-                .await
-                .map_err(|_| DialError::Timeout(limit))??;
-            outcome(&stream)?;
-        }
         Ok(Accounted::from_parts(entry, stream))
     }
 }
@@ -216,20 +231,41 @@ fn outcome(stream: &TcpStream) -> io::Result<()> {
 #[derive(Debug)]
 pub struct Dialled {
     pub stream: Accounted<TcpStream>,
+    /// How many bytes of what the client has said were sent.
+    pub sent: usize,
     /// The app sees the pod's own address in place of the client's.
     pub source_replaced: bool,
 }
 
-/// Opens a connection to the app at `destination`, an address of the pod, with `client` as source.
-/// Where that is of another family, or an address that the pod has no route to or whose neighbour
-/// doesn't answer, the pod's own address is the source.
+/// A connection to the app that is to be opened.
+#[derive(Debug, Clone, Copy)]
+pub struct ToApp<'a> {
+    pub client: IpAddr,
+    /// An address of the pod.
+    pub destination: SocketAddr,
+    pub limit: Duration,
+    /// What the client says first, as far as it is here. An app whose kernel answers at once hears it
+    /// with the connection's opening.
+    pub said: &'a [u8],
+    /// Whether the end comes behind that. The caller then shuts the connection down once all of it is
+    /// sent.
+    pub is_last: bool,
+}
+
+/// Opens a connection to the app, with the client's address as source. Where that is of another
+/// family, or an address that the pod has no route to or whose neighbour doesn't answer, the pod's own
+/// address is the source.
 pub async fn to_app(
     pod: &Pod,
     own_dial: &RefCell<OwnDial>,
-    client: IpAddr,
-    destination: SocketAddr,
-    limit: Duration,
+    asked: ToApp<'_>,
 ) -> Result<Dialled, DialError> {
+    let ToApp {
+        client,
+        destination,
+        limit,
+        ..
+    } = asked;
     let usable = client.is_ipv4() == destination.is_ipv4()
         && client != destination.ip()
         && pod.routes.reaches(&pod.netns, &pod.home, client);
@@ -256,10 +292,11 @@ pub async fn to_app(
         if pod.dial_ports.is_blocked(source, destination, pressed) {
             continue;
         }
-        match announced.attempt(pod, source, destination, limit).await? {
-            Attempt::Open(stream) => {
+        match announced.attempt(pod, source, asked).await? {
+            Attempt::Open(stream, sent) => {
                 return Ok(Dialled {
                     stream,
+                    sent,
                     source_replaced: false,
                 });
             }
@@ -288,57 +325,19 @@ async fn from_own_address(
     let stream = Opening::of(socket, destination)?.open(limit).await?;
     Ok(Dialled {
         stream,
+        sent: 0,
         source_replaced: true,
     })
 }
 
 /// What became of one try from one port.
 enum Attempt {
-    Open(Accounted<TcpStream>),
+    /// … and how many bytes were sent.
+    Open(Accounted<TcpStream>, usize),
     /// Something else has the tuple.
     Taken,
     /// The app's kernel has answered the SYN, and the answer doesn't come.
     AnswerLost,
-}
-
-async fn attempt(
-    pod: &Pod,
-    source: SocketAddr,
-    destination: SocketAddr,
-    limit: Duration,
-) -> Result<Attempt, DialError> {
-    let socket = pod
-        .netns
-        .enter(&pod.home, || transparent_socket(destination))??;
-    let socket = Accounted::new(socket, pod.id, Kind::Connecting);
-    pod.dial_tag.put_on(&socket);
-    match socket.bind(&source.into()) {
-        Ok(()) => {}
-        Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) => return Ok(Attempt::Taken),
-        Err(error) => return Err(error.into()),
-    }
-    let opening = match Opening::of(socket, destination) {
-        Ok(opening) => opening,
-        // This tuple is in use, and a bound socket can't be bound again.
-        Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {
-            return Ok(Attempt::Taken);
-        }
-        Err(error) => return Err(error.into()),
-    };
-    if opening.is_open() {
-        return Ok(Attempt::Open(opening.open(limit).await?));
-    }
-    let mut connecting = pin!(opening.open(limit));
-    let connected = match timeout(AT_ONCE, &mut connecting).await {
-        Ok(connected) => connected,
-        Err(_) => match pod.dial_ports.holder(source, destination) {
-            // A client's SYN that was past `ingress` when the tuple was announced came first.
-            Held::Connection => return Ok(Attempt::Taken),
-            Held::Answered => return Ok(Attempt::AnswerLost),
-            Held::No | Held::TimeWait => connecting.await,
-        },
-    };
-    Ok(Attempt::Open(connected?))
 }
 
 /// Takes the flow out of the map on every way out, the dropped future's included.
@@ -362,17 +361,77 @@ impl<'a> Announced<'a> {
         &self,
         pod: &Pod,
         source: SocketAddr,
-        destination: SocketAddr,
-        limit: Duration,
+        asked: ToApp<'_>,
     ) -> Result<Attempt, DialError> {
         self.awaits_answer.set(true);
-        let result = attempt(pod, source, destination, limit).await;
+        let result = self.connect(pod, source, asked).await;
         let is_answered = match &result {
-            Ok(Attempt::Open(_) | Attempt::Taken) | Err(DialError::Refused) => true,
+            Ok(Attempt::Open(..) | Attempt::Taken) | Err(DialError::Refused) => true,
             Ok(Attempt::AnswerLost) | Err(_) => false,
         };
         self.awaits_answer.set(!is_answered);
         result
+    }
+
+    async fn connect(
+        &self,
+        pod: &Pod,
+        source: SocketAddr,
+        asked: ToApp<'_>,
+    ) -> Result<Attempt, DialError> {
+        let ToApp {
+            destination, limit, ..
+        } = asked;
+        let socket = pod
+            .netns
+            .enter(&pod.home, || transparent_socket(destination))??;
+        let socket = Accounted::new(socket, pod.id, Kind::Connecting);
+        let accelerated = pod.dial_tag.put_on(&socket);
+        match socket.bind(&source.into()) {
+            Ok(()) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) => {
+                return Ok(Attempt::Taken);
+            }
+            Err(error) => return Err(error.into()),
+        }
+        // What is redirected takes a connection that both ends have open.
+        let said = if accelerated { &[] } else { asked.said };
+        let held = !said.is_empty() && hold_ack(&socket, true).is_ok();
+        let opening = match Opening::of(socket, destination) {
+            Ok(opening) => opening,
+            // This tuple is in use, and a bound socket can't be bound again.
+            Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {
+                return Ok(Attempt::Taken);
+            }
+            Err(error) => return Err(error.into()),
+        };
+        if opening.is_open() {
+            // Before the flow is withdrawn: an app that has answered with a SYN cookie has no socket yet.
+            let sent = if held {
+                first(&opening.socket, said, asked.is_last)?
+            } else {
+                0
+            };
+            return Ok(Attempt::Open(opening.into_stream()?, sent));
+        }
+        if !self.own_dial.borrow().is_announced(&self.flow) {
+            return Ok(Attempt::Taken);
+        }
+        if held {
+            // Its answer will be acknowledged when it comes.
+            hold_ack(&opening.socket, false)?;
+        }
+        let mut connecting = pin!(opening.wait(limit));
+        let connected = match timeout(AT_ONCE, &mut connecting).await {
+            Ok(connected) => connected,
+            Err(_) => match pod.dial_ports.holder(source, destination) {
+                // A client's SYN that was past `ingress` when the tuple was announced came first.
+                Held::Connection => return Ok(Attempt::Taken),
+                Held::Answered => return Ok(Attempt::AnswerLost),
+                Held::No | Held::TimeWait => connecting.await,
+            },
+        };
+        Ok(Attempt::Open(connected?, 0))
     }
 }
 
@@ -383,6 +442,25 @@ impl Drop for Announced<'_> {
         if self.awaits_answer.get() {
             own_dial.give_up(&self.flow);
         }
+    }
+}
+
+/// Lets the first data acknowledge the answer to a SYN, where an ACK would go ahead of it
+/// (`tcp_rcv_synsent_state_process`): a packet less, and the app is woken once for both. Or doesn't.
+fn hold_ack(socket: &Socket, held: bool) -> io::Result<()> {
+    socket.set_tcp_quickack(!held)
+}
+
+/// Sends the first bytes, and the ACK that was held for them.
+fn first(socket: &Socket, said: &[u8], is_last: bool) -> io::Result<usize> {
+    // As with the last bytes of any connection, its end goes with them.
+    let flags = if is_last { libc::MSG_MORE } else { 0 };
+    match socket.send_with_flags(said, flags) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            hold_ack(socket, false)?;
+            Ok(0)
+        }
+        sent => sent,
     }
 }
 

@@ -48,7 +48,7 @@ pub use audit::{AUDIT_INTERVAL, Difference, Kind};
 pub use census::sockets_of;
 pub use cgroup::check as check_cgroup;
 pub use cleanup::{cleanup, folders as folders_of_agents};
-pub use dial::{DialError, Opening, OwnDial, end_orderly, to_app, to_network};
+pub use dial::{DialError, Opening, OwnDial, ToApp, end_orderly, to_app, to_network};
 pub use enrol::EnrolError;
 pub use enrolment::{Degradation, Enrolment};
 pub use events::{Event, EventReceiver};

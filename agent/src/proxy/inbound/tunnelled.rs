@@ -11,7 +11,7 @@ use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::dial;
+use super::{Opening, dial};
 use crate::{
     identity::{peer_identity, reason_of},
     ledger::{Accounted, Kind},
@@ -264,8 +264,23 @@ impl InboundTunnel {
         };
         let record = Record::open(&self.worker, &self.pod, &labels, &ends);
         let within = hbone::within(&request);
-        let receive = request.into_body();
-        let server = match dial(&self.worker, &self.pod, self.peer, destination, within).await {
+        let mut receive = request.into_body();
+        let said = here(&mut receive).await;
+        let mut opening = Opening {
+            within,
+            said,
+            is_last: receive.is_end_stream(),
+            ..Opening::default()
+        };
+        let dialled = dial(
+            &self.worker,
+            &self.pod,
+            self.peer,
+            destination,
+            &mut opening,
+        )
+        .await;
+        let server = match dialled {
             Ok(server) => server,
             Err(error) => {
                 answer(&mut respond, hbone::UNREACHABLE);
@@ -274,6 +289,9 @@ impl InboundTunnel {
             }
         };
         record.dialled();
+        record.client_sent(opening.sent);
+        // Fails only for a stream that has ended, which the next read tells.
+        let _ = receive.flow_control().release_capacity(opening.sent);
         // A peer that has gone another way meanwhile has reset the stream: the app hears nothing of it.
         let answer = hbone::connected(!self.told_of_optimistic_data.get());
         let Ok(send) = respond.send_response(answer, false) else {
@@ -283,6 +301,7 @@ impl InboundTunnel {
         self.told_of_optimistic_data.set(true);
         Some(Opened {
             server,
+            rest: (!opening.said.is_empty()).then(|| Box::new(opening.said)),
             send,
             receive,
             record,
@@ -314,6 +333,8 @@ impl InboundTunnel {
 /// A connection through a tunnel whose app is connected: all that is kept of it while it is relayed.
 struct Opened {
     server: Accounted<TcpStream>,
+    /// What came with the CONNECT and wasn't sent yet: hardly ever anything.
+    rest: Option<Box<Bytes>>,
     send: SendStream<Bytes>,
     receive: RecvStream,
     record: Record,
@@ -326,6 +347,7 @@ impl Opened {
     async fn carry(&mut self) {
         let Self {
             server,
+            rest,
             send,
             receive,
             record,
@@ -334,11 +356,24 @@ impl Opened {
         } = self;
         let buffers = &tunnel.worker.buffers;
         let idle = record.pod().workload().settings.idle_timeout;
-        let result = relay::tunnel(buffers, record, Side::Server, server, send, receive, idle)
+        let (side, stream, rest) = (Side::Server, (send, receive), rest.take());
+        let result = relay::tunnel(buffers, record, side, server, stream, rest, idle)
             .await
             .map_err(|end| tunnel.cause.of(end));
         record.close(result);
     }
+}
+
+/// What came with a CONNECT, as far as it is here.
+async fn here(receive: &mut RecvStream) -> Bytes {
+    if receive.flow_control().used_capacity() == 0 {
+        return Bytes::new();
+    }
+    receive
+        .data()
+        .await
+        .and_then(Result::ok)
+        .unwrap_or_default()
 }
 
 /// Answers without a tunnel. Fails only when the peer is gone, and then there is nobody to tell.

@@ -44,6 +44,7 @@ pub mod hbone;
 mod hello;
 mod http;
 mod inject;
+pub mod kernel;
 pub mod leftovers;
 mod link;
 mod mesh_file;

@@ -6,23 +6,19 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
 
 use std::{
-    fs,
     net::{IpAddr, TcpStream},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use malla_testbed::{
-    BpfObjects, EchoApp, Fate, Metrics, Node, PORT, Pod, PodSpec, SECRET, Testbed, eventually, say,
+    BpfObjects, EchoApp, Fate, Metrics, Node, PORT, Pod, PodSpec, SECRET, Testbed, eventually,
+    kernel, say,
 };
 
 const LIMIT: Duration = Duration::from_mins(1);
 /// What is said past the mesh, as `SECRET` is what agents carry.
 const PLAIN: &[u8] = b"what no agent carries";
-/// The first kernel that tells what a socket has read, without which nothing is accelerated.
-const ACCELERATES: (u32, u32) = (6, 3);
-/// The first with links for programs of interfaces. They take the place of filters after a while.
-const LINKS: (u32, u32) = (6, 6);
 /// Of the agent's rules in a pod.
 const RULE: &str = "133";
 
@@ -121,7 +117,7 @@ impl World {
                 > 0.0
         };
         let told = self.bed.try_ask(&self.a, &["check"]).unwrap().stdout;
-        if release() < ACCELERATES {
+        if kernel::release() < kernel::ACCELERATES {
             eventually("the verdict", LIMIT, || verdict("refused")).unwrap();
             eventually("the mode", LIMIT, || pods("off", "self_test")).unwrap();
             for said in ["doesn't tell what is read", "gets `full`"] {
@@ -151,7 +147,7 @@ impl World {
     /// What lives is reset when the client's agent is killed, and what is new is refused and unheard,
     /// until the next one has taken over what the dead one has left.
     fn is_closed_without_an_agent_and_adopted_by_the_next(&mut self) {
-        if release() >= LINKS {
+        if kernel::release() >= kernel::LINKS {
             let linked = || self.client.has_no_filters().unwrap();
             eventually("links in the place of filters", LIMIT, linked).unwrap();
         }
@@ -244,14 +240,6 @@ fn is_enrolled(pod: &Pod, node: &Node) -> bool {
     let programs = says("bpftool net show");
     let has_programs = programs.contains("egress") || programs.contains("lookup");
     pins.exists() || has_rules || has_programs
-}
-
-/// The first two numbers of the kernel's release.
-fn release() -> (u32, u32) {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
-    let mut numbers = release.split(['.', '-']).map(str::parse);
-    let mut next = || numbers.next().unwrap().unwrap();
-    (next(), next())
 }
 
 #[test]

@@ -1,0 +1,23 @@
+//! The kernel that tests run on, where they differ by it.
+
+use std::fs;
+
+/// The first kernel that tells what a socket has read, without which nothing is accelerated.
+pub const ACCELERATES: (u32, u32) = (6, 3);
+/// The first with links for programs of interfaces. They take the place of filters after a while.
+pub const LINKS: (u32, u32) = (6, 6);
+
+/// The first two numbers of its release.
+///
+/// # Panics
+///
+/// Where the kernel doesn't tell them.
+pub fn release() -> (u32, u32) {
+    let release =
+        fs::read_to_string("/proc/sys/kernel/osrelease").expect("every kernel has a release");
+    let mut numbers = release.split(['.', '-']).map(str::parse);
+    let mut next = || numbers.next().and_then(Result::ok);
+    next()
+        .zip(next())
+        .expect("a release begins with two numbers")
+}

@@ -6,6 +6,8 @@ use std::fs;
 pub const ACCELERATES: (u32, u32) = (6, 3);
 /// The first with links for programs of interfaces. They take the place of filters after a while.
 pub const LINKS: (u32, u32) = (6, 6);
+/// The first whose verifier has room for the programs with their log.
+pub const TAKES_LOGS: (u32, u32) = (6, 7);
 
 /// The first two numbers of its release.
 ///

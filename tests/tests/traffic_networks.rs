@@ -292,3 +292,42 @@ fn what_a_client_says_first_is_there_when_its_server_accepts() {
         }
     }
 }
+
+/// An app that leaves Nagle's algorithm on and answers in two parts sends the second one when the first is
+/// acknowledged, which a kernel that takes a connection for a conversation puts off for 40 ms.
+#[test]
+fn an_answer_in_two_parts_to_what_a_client_says_first_comes_at_once() {
+    const PUT_OFF: Duration = Duration::from_millis(40);
+    let bed = Testbed::new("parts").unwrap();
+    let bed = bed.with_agent_arguments(["--workers", "1"]);
+    let (client, server) = (PodSpec::new("client"), PodSpec::new("server"));
+    let pair = Pair::on(bed, Way::Mesh, client, server).unwrap();
+    let listener = listen(&pair.server, SERVICE_PORT).unwrap();
+    let call = || {
+        let mut client = pair.dial(pair.address(SERVICE_PORT)).unwrap();
+        client.write_all(b"ask").unwrap();
+        client
+    };
+    let answer = || {
+        let (mut server, _) = listener.accept().unwrap();
+        server.read_exact(&mut [0; 3]).unwrap();
+        server.write_all(b"head").unwrap();
+        server.write_all(b"body").unwrap();
+        server
+    };
+    let mut client = call();
+    let mut open = vec![answer()];
+    client.read_exact(&mut [0; 8]).unwrap();
+    let [agent, _] = pair.agents();
+    agent.process().signal(Signal::SIGSTOP).unwrap();
+    let clients: Vec<_> = (0..10).map(|_| call()).collect();
+    agent.process().signal(Signal::SIGCONT).unwrap();
+    let took = clients.into_iter().map(|mut client| {
+        let began = Instant::now();
+        open.push(answer());
+        client.read_exact(&mut [0; 8]).unwrap();
+        began.elapsed()
+    });
+    let fastest = took.min().unwrap();
+    assert!(fastest < PUT_OFF, "{fastest:?}");
+}

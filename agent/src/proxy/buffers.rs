@@ -131,6 +131,11 @@ impl Buffers {
         let then = ready!(self.poll_into(&mut buffer, cx, pace, reader)).map_err(Moving::Read)?;
         let read = buffer.len();
         let is_last = matches!(then, Then::End);
+        if read == 0 {
+            // A write of nothing would tell of a reset before the other direction has read what came first.
+            let (bytes, rest) = (0, Bytes::new());
+            return Poll::Ready(Ok(Moved { bytes, rest, then }));
+        }
         let written = match writer.poll_write(cx, &buffer, is_last) {
             Poll::Ready(Ok(written)) => written,
             Poll::Ready(Err(error)) => {

@@ -4,7 +4,7 @@ use std::{
     cell::{Cell, RefCell},
     io,
     mem::MaybeUninit,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Shutdown, SocketAddr},
     os::fd::AsFd,
     pin::pin,
     time::Duration,
@@ -247,8 +247,7 @@ pub struct ToApp<'a> {
     /// What the client says first, as far as it is here. An app whose kernel answers at once hears it
     /// with the connection's opening.
     pub said: &'a [u8],
-    /// Whether the end comes behind that. The caller then shuts the connection down once all of it is
-    /// sent.
+    /// Whether the end comes behind that.
     pub is_last: bool,
 }
 
@@ -396,7 +395,7 @@ impl<'a> Announced<'a> {
         }
         // What is redirected takes a connection that both ends have open.
         let said = if accelerated { &[] } else { asked.said };
-        let held = !said.is_empty() && hold_ack(&socket, true).is_ok();
+        let held = !said.is_empty() && hold_ack(&SockRef::from(&*socket), true).is_ok();
         let opening = match Opening::of(socket, destination) {
             Ok(opening) => opening,
             // This tuple is in use, and a bound socket can't be bound again.
@@ -406,20 +405,21 @@ impl<'a> Announced<'a> {
             Err(error) => return Err(error.into()),
         };
         if opening.is_open() {
+            let stream = opening.into_stream()?;
             // Before the flow is withdrawn: an app that has answered with a SYN cookie has no socket yet.
             let sent = if held {
-                first(&opening.socket, said, asked.is_last)?
+                first(&SockRef::from(&*stream), said, asked.is_last)?
             } else {
                 0
             };
-            return Ok(Attempt::Open(opening.into_stream()?, sent));
+            return Ok(Attempt::Open(stream, sent));
         }
         if !self.own_dial.borrow().is_announced(&self.flow) {
             return Ok(Attempt::Taken);
         }
         if held {
             // Its answer will be acknowledged when it comes.
-            hold_ack(&opening.socket, false)?;
+            hold_ack(&SockRef::from(&*opening.socket), false)?;
         }
         let mut connecting = pin!(opening.wait(limit));
         let connected = match timeout(AT_ONCE, &mut connecting).await {
@@ -428,6 +428,8 @@ impl<'a> Announced<'a> {
                 // A client's SYN that was past `ingress` when the tuple was announced came first.
                 Held::Connection => return Ok(Attempt::Taken),
                 Held::Answered => return Ok(Attempt::AnswerLost),
+                // Its SYN was dropped meanwhile.
+                _ if !self.own_dial.borrow().is_announced(&self.flow) => return Ok(Attempt::Taken),
                 Held::No | Held::TimeWait => connecting.await,
             },
         };
@@ -447,21 +449,25 @@ impl Drop for Announced<'_> {
 
 /// Lets the first data acknowledge the answer to a SYN, where an ACK would go ahead of it
 /// (`tcp_rcv_synsent_state_process`): a packet less, and the app is woken once for both. Or doesn't.
-fn hold_ack(socket: &Socket, held: bool) -> io::Result<()> {
+fn hold_ack(socket: &SockRef<'_>, held: bool) -> io::Result<()> {
     socket.set_tcp_quickack(!held)
 }
 
-/// Sends the first bytes, and the ACK that was held for them.
-fn first(socket: &Socket, said: &[u8], is_last: bool) -> io::Result<usize> {
-    // As with the last bytes of any connection, its end goes with them.
+/// Sends the first bytes, with the ACK that was held for them. An end goes with them as well, since with
+/// what is kept for it the ACK would be kept.
+fn first(socket: &SockRef<'_>, said: &[u8], is_last: bool) -> io::Result<usize> {
     let flags = if is_last { libc::MSG_MORE } else { 0 };
-    match socket.send_with_flags(said, flags) {
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-            hold_ack(socket, false)?;
-            Ok(0)
-        }
-        sent => sent,
+    let sent = match socket.send_with_flags(said, flags) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+        sent => sent?,
+    };
+    if is_last && sent == said.len() {
+        socket.shutdown(Shutdown::Write)?;
     }
+    // What was sent so soon looks like an answer, and from then on the kernel would keep its ACKs for 40 ms,
+    // which an app without TCP_NODELAY that answers in two parts waits for.
+    hold_ack(socket, false)?;
+    Ok(sent)
 }
 
 /// A socket that may be bound to an address which isn't the pod's.

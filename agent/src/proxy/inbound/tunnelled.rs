@@ -1,6 +1,13 @@
 //! A tunnel from another agent: its handshakes, and the life of each connection in it.
 
-use std::{cell::Cell, net::SocketAddr, rc::Rc, sync::Arc, task::Context};
+use std::{
+    cell::Cell,
+    future::poll_fn,
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    task::{Context, Poll},
+};
 
 use bytes::Bytes;
 use h2::{RecvStream, SendStream, server::SendResponse};
@@ -265,7 +272,7 @@ impl InboundTunnel {
         let record = Record::open(&self.worker, &self.pod, &labels, &ends);
         let within = hbone::within(&request);
         let mut receive = request.into_body();
-        let said = here(&mut receive).await;
+        let said = here(&mut receive, &mut respond).await;
         let mut opening = Opening {
             within,
             said,
@@ -364,9 +371,10 @@ impl Opened {
     }
 }
 
-/// What came with a CONNECT, as far as it is here.
-async fn here(receive: &mut RecvStream) -> Bytes {
-    if receive.flow_control().used_capacity() == 0 {
+/// What came with a CONNECT, as far as it is here; nothing where its peer has reset the stream since.
+async fn here(receive: &mut RecvStream, respond: &mut SendResponse<Bytes>) -> Bytes {
+    let is_reset = poll_fn(|cx| Poll::Ready(respond.poll_reset(cx).is_ready())).await;
+    if is_reset || receive.flow_control().used_capacity() == 0 {
         return Bytes::new();
     }
     receive

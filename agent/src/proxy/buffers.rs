@@ -79,9 +79,9 @@ impl Buffers {
         }
     }
 
-    /// What may be written to `socket`. None: whatever TCP takes.
-    pub(super) fn credit(&self, socket: &TcpStream) -> Option<Credit> {
-        self.queues.credit(socket)
+    /// What may be written to one socket. None: whatever TCP takes.
+    pub(super) fn credit(&self) -> Option<Credit> {
+        self.queues.credit()
     }
 
     /// Reads one chunk. Empty at the end of the stream.

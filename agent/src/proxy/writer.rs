@@ -26,10 +26,9 @@ pub(super) struct Writer<'a> {
 
 impl<'a> Writer<'a> {
     pub(super) fn new(half: WriteHalf<'a>, buffers: &Buffers) -> Self {
-        let credit = buffers.credit(half.as_ref()).map(Box::new);
         Self {
             half,
-            credit,
+            credit: buffers.credit().map(Box::new),
             is_new: true,
         }
     }
@@ -70,7 +69,7 @@ impl<'a> Writer<'a> {
         if let Some(credit) = &mut self.credit
             && credit.left() == 0
         {
-            Box::pin(credit.renew()).await;
+            Box::pin(credit.renew(self.half.as_ref())).await;
         }
     }
 

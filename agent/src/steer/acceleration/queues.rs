@@ -61,14 +61,11 @@ impl Queues {
         self.began.load(Ordering::Relaxed)
     }
 
-    /// What may be written to `socket`, be it accelerated or not. None: whatever TCP takes.
-    pub fn credit(self: &Arc<Self>, socket: &TcpStream) -> Option<Credit> {
-        if !self.began() {
-            return None;
-        }
-        Some(Credit {
+    /// What may be written to one socket, be it accelerated or not. None: whatever TCP takes.
+    pub fn credit(self: &Arc<Self>) -> Option<Credit> {
+        self.began().then(|| Credit {
             queues: Arc::clone(self),
-            peer: peer(socket).ok()?,
+            peer: None,
             used: 0,
             wrote: 0,
             is_short: false,
@@ -103,7 +100,8 @@ impl Queues {
 #[derive(Debug)]
 pub struct Credit {
     queues: Arc<Queues>,
-    peer: End,
+    /// The app's end, once it was asked for: most connections end before.
+    peer: Option<End>,
     /// Most that the app may have to read.
     used: i64,
     wrote: u64,
@@ -148,24 +146,30 @@ impl Credit {
     /// waits until it is all and goes over to TCP for good. Sooner where the app closes its socket: as
     /// the kernel doesn't see what waits there, the app has ended with a FIN, and it takes what comes
     /// by TCP to be told of a reset.
-    pub async fn renew(&mut self) {
+    pub async fn renew(&mut self, socket: &TcpStream) {
+        let Ok(peer) = self.peer.map_or_else(|| peer(socket), Ok) else {
+            // It was reset, which a write will tell.
+            self.by_tcp = true;
+            return;
+        };
+        self.peer = Some(peer);
         let mut pause = FIRST_PAUSE;
         while self.left() == 0 && !self.is_short {
-            match self.queues.queue(&self.peer) {
+            match self.queues.queue(&peer) {
                 Some(queue) if queue.unread > CREDIT / 2 => break,
                 Some(queue) => self.used = queue.unread.max(0),
                 None => self.by_tcp = true,
             }
         }
         while self.left() == 0 {
-            match self.queues.queue(&self.peer) {
-                Some(queue) if self.waits(&queue) && self.queues.is_open(&self.peer) => {
+            match self.queues.queue(&peer) {
+                Some(queue) if self.waits(&queue) && self.queues.is_open(&peer) => {
                     sleep(pause).await;
                     pause = (pause * 2).min(LONGEST_PAUSE);
                 }
                 _ => {
                     // Without its entry, the kernel redirects nothing more there.
-                    self.queues.forget(&self.peer);
+                    self.queues.forget(&peer);
                     self.by_tcp = true;
                 }
             }

@@ -10,7 +10,7 @@ use malla_common::STEER_MARK;
 
 use crate::{
     maps::OWN_DIAL,
-    packet::{ETHERNET, Kind, Packet, TCP_LISTEN, TCP_NEW_SYN_RECV, TCP_TIME_WAIT, receiver},
+    packet::{ETHERNET, Kind, Packet, TCP_LISTEN, TCP_TIME_WAIT, receiver},
 };
 
 /// The packet is for this host.
@@ -42,11 +42,12 @@ pub fn loopback(ctx: TcContext) -> i32 {
 /// The SYN of a connection that the agent opens to the app. One that the app's side of the tuple still
 /// has would answer in the listener's stead, and be reset for it by the agent's end: such a SYN is
 /// dropped, and its entry with it, by which the agent knows. One that is over is in nobody's way (RFC
-/// 6191), and a request is that of this SYN, which is repeated.
+/// 6191). A request is a client's, whose SYN came just before, or that of this SYN, whose answer the kernel
+/// repeats by itself.
 #[inline(always)]
 fn dial(ctx: &TcContext, packet: &Packet) -> i32 {
     match receiver(ctx, &packet.flow) {
-        None | Some(TCP_LISTEN | TCP_TIME_WAIT | TCP_NEW_SYN_RECV) => TC_ACT_UNSPEC,
+        None | Some(TCP_LISTEN | TCP_TIME_WAIT) => TC_ACT_UNSPEC,
         Some(_) => {
             let _ = OWN_DIAL.remove(&packet.flow);
             TC_ACT_SHOT

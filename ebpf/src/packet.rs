@@ -38,7 +38,6 @@ pub const ACK: u8 = 0x10;
 /// States of a socket, from `net/tcp_states.h`.
 pub const TCP_TIME_WAIT: u32 = 6;
 pub const TCP_LISTEN: u32 = 10;
-pub const TCP_NEW_SYN_RECV: u32 = 12;
 
 /// What a packet is to the programs.
 #[derive(Clone, Copy, PartialEq, Eq)]

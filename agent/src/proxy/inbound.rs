@@ -83,7 +83,7 @@ pub(super) async fn serve_plaintext(
         };
         return record.close(result);
     }
-    let mut opening = Opening::default();
+    let mut opening = Beginning::default();
     let dialling = Box::pin(dial(&worker, &pod, source, destination, &mut opening));
     let mut server = match dialling.await {
         Ok(server) => server,
@@ -108,7 +108,7 @@ pub(super) async fn serve_plaintext(
 pub(super) struct ToNeighbour {
     pair: Rc<Pair>,
     server: Accounted<TcpStream>,
-    opening: Opening,
+    opening: Beginning,
     record: Record,
     idle: Option<Duration>,
     _counted: (Live, Admitted),
@@ -155,10 +155,10 @@ pub(super) async fn reach_neighbour(
         tunnelled: None,
     };
     let record = Record::open(worker, source_pod, &labels, &ends);
-    let mut opening = Opening {
+    let mut opening = Beginning {
         said,
         is_last,
-        ..Opening::default()
+        ..Beginning::default()
     };
     let dialling = pin!(async move {
         let dialled = dial(worker, pod, source, destination, &mut opening).await;
@@ -222,7 +222,7 @@ impl ToNeighbour {
 
 /// What a connection to the app is opened with, beside its ends.
 #[derive(Debug, Default)]
-pub(super) struct Opening {
+pub(super) struct Beginning {
     /// The peer waits for less than the pod's own limit.
     within: Option<Duration>,
     /// What the client has said already, and afterwards what of it is still to be sent.
@@ -239,7 +239,7 @@ pub(super) async fn dial(
     pod: &PodContext,
     client: SocketAddr,
     destination: SocketAddr,
-    opening: &mut Opening,
+    opening: &mut Beginning,
 ) -> Result<Accounted<TcpStream>, DialError> {
     let limit = pod.workload().settings.mesh_connect_timeout;
     let asked = ToApp {

@@ -14,7 +14,7 @@ use tokio::{net::TcpStream, time::timeout};
 
 use self::http::Heads;
 use super::{
-    inbound::{Opening, dial},
+    inbound::{Beginning, dial},
     pod::PodContext,
     record::Record,
     relay,
@@ -113,7 +113,7 @@ impl Probed<'_> {
             destination,
             ..
         } = *self;
-        let opening = &mut Opening::default();
+        let opening = &mut Beginning::default();
         let dialled = dial(worker, pod, source, destination, opening).await;
         let server = dialled.map_err(|error| Failure::from(error.reason()))?;
         self.record.dialled();

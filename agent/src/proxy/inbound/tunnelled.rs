@@ -18,7 +18,7 @@ use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::{Opening, dial};
+use super::{Beginning, dial};
 use crate::{
     identity::{peer_identity, reason_of},
     ledger::{Accounted, Kind},
@@ -273,11 +273,11 @@ impl InboundTunnel {
         let within = hbone::within(&request);
         let mut receive = request.into_body();
         let said = here(&mut receive, &mut respond).await;
-        let mut opening = Opening {
+        let mut opening = Beginning {
             within,
             said,
             is_last: receive.is_end_stream(),
-            ..Opening::default()
+            ..Beginning::default()
         };
         let dialled = dial(
             &self.worker,

@@ -229,7 +229,7 @@ mod tests {
 
     #[test]
     fn a_line_that_is_off_costs_next_to_nothing() {
-        let (web, rounds) = (workload("web"), 1_000_000_u32);
+        let web = workload("web");
         let party = Party {
             address: "10.1.0.2:40000".parse().unwrap(),
             workload: Some(&web),
@@ -246,21 +246,15 @@ mod tests {
             duration: Duration::ZERO,
             error: None,
         };
-        let (_lines, subscriber) = capture(LogFormat::Text, "info,access=off");
-        tracing::subscriber::with_default(subscriber, || {
-            let begun = std::time::Instant::now();
-            for _ in 0..rounds {
-                std::hint::black_box(&record).write();
-            }
-            println!("a line that is off: {:?}", begun.elapsed() / rounds);
-        });
-        let (_lines, subscriber) = capture(LogFormat::Text, "info");
-        tracing::subscriber::with_default(subscriber, || {
-            let begun = std::time::Instant::now();
-            for _ in 0..rounds {
-                std::hint::black_box(&record).write();
-            }
-            println!("a line that is on: {:?}", begun.elapsed() / rounds);
-        });
+        for (filter, rounds) in [("info,access=off", 1_000_000_u32), ("info", 10_000)] {
+            let (_lines, subscriber) = capture(LogFormat::Text, filter);
+            tracing::subscriber::with_default(subscriber, || {
+                let begun = std::time::Instant::now();
+                for _ in 0..rounds {
+                    std::hint::black_box(&record).write();
+                }
+                println!("a line with {filter}: {:?}", begun.elapsed() / rounds);
+            });
+        }
     }
 }

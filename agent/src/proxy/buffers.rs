@@ -4,7 +4,6 @@ use std::{
     cell::RefCell,
     io,
     os::fd::AsRawFd,
-    pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
 };
@@ -14,22 +13,25 @@ use nix::{
     errno::Errno,
     sys::socket::{MsgFlags, recv},
 };
-use tokio::net::{TcpStream, tcp::ReadHalf};
-use tokio_util::io::poll_read_buf;
+use tokio::{io::Interest, net::TcpStream};
 
-use super::{hbone, writer::Writer};
+use super::{
+    hbone,
+    readiness::{Exhausted, poll_call},
+    writer::Writer,
+};
 use crate::steer::{Credit, Queues};
 
 /// What one read takes at first. It grows while reads fill it. With the head of its frame it fills
 /// TLS records to the last byte, since a few bytes that are left over cost a record as well.
-const MIN_CHUNK: usize = 16 * 1024 - hbone::FRAME_HEAD;
+const MIN_CHUNK: u32 = 16 * 1024 - hbone::FRAME_HEAD;
 /// 15 records, which with their heads fit in four of the kernel's largest segments, at any MTU up to
 /// 16 KiB and over the loopback. 16 are some bytes more, for which a fifth would cross the network.
-pub(super) const MAX_CHUNK: usize = 15 * 16 * 1024 - hbone::FRAME_HEAD;
+pub(super) const MAX_CHUNK: u32 = 15 * 16 * 1024 - hbone::FRAME_HEAD;
 /// Chunks up to this size are copied out of the worker's buffer: a slice would pin all of it.
 const COPIED: usize = 16 * 1024;
 /// What one connection moves in one turn before it lets others go on.
-const TURN: usize = MAX_CHUNK;
+const TURN: usize = MAX_CHUNK as usize;
 /// What a chunk counts at least: each also takes of tokio's budget of 128 calls a turn, and a socket that
 /// is left waiting for that looks like one that takes nothing.
 const LEAST: usize = TURN / 64;
@@ -74,7 +76,7 @@ impl Buffers {
     pub(super) fn new(queues: Arc<Queues>) -> Self {
         Self {
             buffer: RefCell::default(),
-            first: RefCell::new(vec![0; MIN_CHUNK].into()),
+            first: RefCell::new(vec![0; MIN_CHUNK as usize].into()),
             queues,
         }
     }
@@ -89,7 +91,7 @@ impl Buffers {
         &self,
         cx: &mut Context<'_>,
         pace: &mut Pace,
-        reader: &mut ReadHalf<'_>,
+        reader: &TcpStream,
     ) -> Poll<io::Result<(Bytes, Then)>> {
         let mut buffer = self.buffer.borrow_mut();
         let then = ready!(self.poll_into(&mut buffer, cx, pace, reader))?;
@@ -124,7 +126,7 @@ impl Buffers {
         &self,
         cx: &mut Context<'_>,
         pace: &mut Pace,
-        reader: &mut ReadHalf<'_>,
+        reader: &TcpStream,
         writer: &mut Writer<'_>,
     ) -> Poll<Result<Moved, Moving>> {
         let mut buffer = self.buffer.borrow_mut();
@@ -155,19 +157,21 @@ impl Buffers {
         buffer: &mut BytesMut,
         cx: &mut Context<'_>,
         pace: &mut Pace,
-        reader: &mut ReadHalf<'_>,
+        reader: &TcpStream,
     ) -> Poll<io::Result<Then>> {
         let size = pace.chunk();
         if buffer.capacity() < size {
             // One block serves several reads of bulk data, and no block is larger than that.
-            buffer.reserve(MAX_CHUNK);
+            buffer.reserve(MAX_CHUNK as usize);
         }
         let mut limited = (&mut *buffer).limit(size);
-        let read = if self.queues.began() {
-            ready!(poll_until_empty(cx, reader.as_ref(), &mut limited))?
+        let exhausted = if self.queues.began() {
+            Exhausted::BySaying
         } else {
-            ready!(poll_read_buf(Pin::new(reader), cx, &mut limited))?
+            Exhausted::ByShort { of: size }
         };
+        let read = || reader.try_read_buf(&mut limited);
+        let read = ready!(poll_call(cx, reader, Interest::READABLE, exhausted, read))?;
         pace.filled(read);
         if read == 0 || read == size {
             let then = if read == 0 { Then::End } else { Then::More };
@@ -175,7 +179,7 @@ impl Buffers {
         }
         // After a read that emptied the socket it is ready only for its end, which the same event has
         // told of, or where it is read until it is empty.
-        if reader.as_ref().poll_read_ready(cx).is_pending() {
+        if reader.poll_read_ready(cx).is_pending() {
             return Poll::Ready(Ok(Then::More));
         }
         let then = match reader.try_read_buf(&mut limited) {
@@ -185,22 +189,6 @@ impl Buffers {
             Err(error) => Then::Failed(error),
         };
         Poll::Ready(Ok(then))
-    }
-}
-
-/// Reads, and waits only when the kernel has said that there is nothing. tokio's own read waits
-/// after one that didn't fill its buffer.
-fn poll_until_empty(
-    cx: &mut Context<'_>,
-    socket: &TcpStream,
-    buffer: &mut impl BufMut,
-) -> Poll<io::Result<usize>> {
-    loop {
-        ready!(socket.poll_read_ready(cx))?;
-        match socket.try_read_buf(buffer) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            done => return Poll::Ready(done),
-        }
     }
 }
 
@@ -218,11 +206,11 @@ fn take(buffer: &mut BytesMut, written: usize, read: usize) -> Bytes {
     buffer.split_to(read).freeze().slice(written..)
 }
 
-/// How much one direction reads at a time, and when it lets others go on.
+/// How much one direction reads at a time, and when it lets others go on. Each connection has two.
 #[derive(Debug)]
 pub(super) struct Pace {
-    chunk: usize,
-    moved: usize,
+    chunk: u32,
+    moved: u32,
 }
 
 impl Default for Pace {
@@ -236,22 +224,27 @@ impl Default for Pace {
 
 impl Pace {
     fn chunk(&self) -> usize {
-        self.chunk
+        self.chunk as usize
     }
 
     /// Grows with what a connection moves, and shrinks when it idles.
     fn filled(&mut self, read: usize) {
-        if read == self.chunk {
+        if read == self.chunk() {
             self.chunk = (self.chunk * 4).min(MAX_CHUNK);
-        } else if read < self.chunk / 8 {
+        } else if read < self.chunk() / 8 {
             self.chunk = (self.chunk / 4).max(MIN_CHUNK);
         }
     }
 
+    /// Whether a turn is over with so many bytes, so that others are to go on.
+    pub(super) fn is_over(&mut self, moved: usize) -> bool {
+        let all = self.moved as usize + moved.max(LEAST);
+        self.moved = u32::try_from(all).ok().filter(|_| all < TURN).unwrap_or(0);
+        all >= TURN
+    }
+
     pub(super) async fn rest(&mut self, moved: usize) {
-        self.moved += moved.max(LEAST);
-        if self.moved >= TURN {
-            self.moved = 0;
+        if self.is_over(moved) {
             tokio::task::yield_now().await;
         }
     }

@@ -13,11 +13,10 @@ use super::buffers::MAX_CHUNK;
 use crate::model::Workload;
 
 /// What stands before a frame's payload (RFC 9113 §4.1).
-pub(super) const FRAME_HEAD: usize = 9;
+pub(super) const FRAME_HEAD: u32 = 9;
 /// What a stream may be sent before its reader has read: two of the largest chunks, since what is left
 /// of a window would be a frame of its own.
-#[expect(clippy::cast_possible_truncation)]
-pub(super) const STREAM_WINDOW: u32 = 2 * MAX_CHUNK as u32;
+pub(super) const STREAM_WINDOW: u32 = 2 * MAX_CHUNK;
 /// Room for every stream's, so that streams that nobody reads stop no other, however many they are.
 pub(super) const CONNECTION_WINDOW: u32 = MAX_STREAMS * STREAM_WINDOW;
 pub(super) const MAX_FRAME: u32 = 1024 * 1024;

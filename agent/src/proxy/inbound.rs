@@ -85,7 +85,7 @@ pub(super) async fn serve_plaintext(
     }
     let mut opening = Beginning::default();
     let dialling = Box::pin(dial(&worker, &pod, source, destination, &mut opening));
-    let mut server = match dialling.await {
+    let server = match dialling.await {
         Ok(server) => server,
         Err(error) => return record.close(Err(error.reason())),
     };
@@ -94,9 +94,9 @@ pub(super) async fn serve_plaintext(
     let result = relay::tcp(
         &worker.buffers,
         &[&record],
-        &mut client,
+        &client,
         Bytes::new(),
-        &mut server,
+        &server,
         idle,
     )
     .await;
@@ -194,7 +194,7 @@ impl ToNeighbour {
     pub(super) async fn relay(
         &mut self,
         buffers: &Buffers,
-        client: &mut TcpStream,
+        client: &TcpStream,
         from: &Record,
     ) -> Result<(), Failure> {
         let Self {

@@ -22,6 +22,7 @@ mod pod;
 mod pool;
 mod probe;
 mod read_ahead;
+mod readiness;
 mod record;
 mod refusals;
 mod relay;

@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use h2::SendStream;
 use malla_common::Reason;
-use tokio::net::{TcpStream, tcp::ReadHalf};
+use tokio::net::TcpStream;
 
 use super::buffers::{Buffers, Pace, Then};
 use crate::telemetry::Failure;
@@ -21,7 +21,7 @@ use crate::telemetry::Failure;
 /// The first chunk that the app of one connection has sent.
 pub(super) struct OptimisticData<'a> {
     buffers: &'a Buffers,
-    reader: RefCell<ReadHalf<'a>>,
+    client: &'a TcpStream,
     kept: RefCell<Bytes>,
     /// What comes behind it. None: it hasn't been read.
     then: RefCell<Option<Then>>,
@@ -31,11 +31,11 @@ pub(super) struct OptimisticData<'a> {
 impl<'a> OptimisticData<'a> {
     /// Of a connection that has just been accepted. A client that speaks first has nearly always spoken
     /// by then, and is heard without the event loop.
-    pub(super) fn of(client: &'a mut TcpStream, buffers: &'a Buffers) -> Self {
+    pub(super) fn of(client: &'a TcpStream, buffers: &'a Buffers) -> Self {
         let read = buffers.read_at_once(client);
         let data = Self {
             buffers,
-            reader: RefCell::new(client.split().0),
+            client,
             kept: RefCell::default(),
             then: RefCell::default(),
             at_peer: Cell::new(false),
@@ -61,9 +61,8 @@ impl<'a> OptimisticData<'a> {
     /// without a word.
     pub(super) fn poll(&self, cx: &mut Context<'_>) -> Poll<()> {
         if self.then.borrow().is_none() {
-            let mut reader = self.reader.borrow_mut();
             let mut pace = Pace::default();
-            self.keep(ready!(self.buffers.poll_read(cx, &mut pace, &mut reader)));
+            self.keep(ready!(self.buffers.poll_read(cx, &mut pace, self.client)));
         }
         if self.kept.borrow().is_empty() && self.failure().is_none() {
             return Poll::Pending;

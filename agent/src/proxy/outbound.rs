@@ -21,7 +21,7 @@ use super::{
     pod::{Admitted, PodContext},
     pool,
     record::{Ends, Record},
-    relay::{self, Side},
+    relay::{self, Side, Tunnelled},
     service::{self, Balanced},
     tunnel::{Lease, OpenError},
     worker::{Live, Worker},
@@ -92,7 +92,7 @@ struct Opened {
     server: Server,
     record: Record,
     /// What one to a Service counts by besides.
-    balanced: Option<Balanced>,
+    balanced: Option<Box<Balanced>>,
     _admitted: Admitted,
     live: Live,
     client: Accounted<TcpStream>,
@@ -119,7 +119,7 @@ pub(super) fn serve(
 async fn open(
     worker: Rc<Worker>,
     pod: Rc<PodContext>,
-    mut client: Accounted<TcpStream>,
+    client: Accounted<TcpStream>,
 ) -> Option<Opened> {
     let live = worker.count_live();
     // A connection that its client reset before it was accepted has no ends.
@@ -143,13 +143,13 @@ async fn open(
         source,
         destination,
     };
-    let data = OptimisticData::of(&mut client, &worker.buffers);
+    let data = OptimisticData::of(&client, &worker.buffers);
     let (mut server, record, balanced) = if let Some(service) = mesh.service_at(destination.ip()) {
         let port = destination.port();
         let route = worker.series.borrow_mut().open_route(service, port);
         drop(mesh);
         let (server, record, balanced) = service::open(&worker, &pod, asked, &data, route).await?;
-        (server, record, Some(balanced))
+        (server, record, Some(Box::new(balanced)))
     } else {
         let route = route(&worker, &pod, &mesh, source.ip(), destination);
         drop(mesh);
@@ -192,24 +192,18 @@ async fn open(
 impl Opened {
     /// Moves bytes until both directions have ended.
     async fn carry(&mut self) {
-        let Self {
-            server,
-            record,
-            live,
-            client,
-            ..
-        } = self;
-        let buffers = &live.worker().buffers;
+        let buffers = &self.live.worker().buffers;
+        let (record, client) = (&self.record, &self.client);
         let idle = record.pod().workload().settings.idle_timeout;
         // A tunnel is what most connections take, and what the task has room for.
-        let result = match server {
+        let result = match &mut self.server {
             Server::Tunnel {
                 lease,
                 send,
                 receive,
             } => {
-                let (side, stream) = (Side::Client, (send, receive));
-                relay::tunnel(buffers, record, side, client, stream, None, idle)
+                let (client, stream) = ((Side::Client, &**client), (send, receive));
+                Tunnelled::new(buffers, record, client, stream, None, idle)
                     .await
                     .map_err(|end| lease.failed(end))
             }
@@ -221,8 +215,10 @@ impl Opened {
                     .map_err(Failure::from)
             }
         };
-        if let Some((route, _)) = self.balanced.take() {
-            route.close(result.as_ref().err().map(|failure| failure.reason));
+        if let Some(balanced) = self.balanced.take() {
+            balanced
+                .0
+                .close(result.as_ref().err().map(|failure| failure.reason));
         }
         self.record.close(result);
     }

@@ -79,7 +79,7 @@ impl Probed<'_> {
         let first = first.map_err(|_| Reason::ProbeUndeclared)??;
         let first = first.ok_or(Reason::ProbeUndeclared)?;
         let mut server = self.dial().await?;
-        let (mut from_server, mut to_server) = server.split();
+        let (from_server, mut to_server) = server.split();
         let asking = async {
             let mut next = Some(first);
             while let Some(head) = next {
@@ -94,8 +94,8 @@ impl Probed<'_> {
         relay::answers(
             buffers,
             self.record,
-            &mut from_server,
-            to_client,
+            from_server.as_ref(),
+            to_client.as_ref(),
             asking,
             idle,
         )

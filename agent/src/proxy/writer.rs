@@ -2,112 +2,131 @@
 
 use std::{
     io, mem,
+    net::Shutdown,
     pin::Pin,
     task::{Context, Poll, ready},
 };
 
 use socket2::SockRef;
-use tokio::{
-    io::{AsyncWrite, AsyncWriteExt, Interest},
-    net::tcp::WriteHalf,
-};
+use tokio::{io::Interest, net::TcpStream};
 
-use super::buffers::Buffers;
+use super::{
+    buffers::Buffers,
+    readiness::{Exhausted, poll_call},
+};
 use crate::steer::Credit;
 
-/// The half of a socket that is written to.
+/// What writes to a socket.
 pub(super) struct Writer<'a> {
-    half: WriteHalf<'a>,
+    socket: &'a TcpStream,
     /// None: it takes whatever TCP takes.
-    credit: Option<Box<Credit>>,
+    credit: Option<Box<Allowance<'a>>>,
     /// Nothing was written yet.
     is_new: bool,
 }
 
+/// What a socket takes.
+enum Allowance<'a> {
+    Credit(Credit),
+    /// There is none, which is waited for.
+    Nothing(Pin<Box<dyn Future<Output = Credit> + 'a>>),
+}
+
 impl<'a> Writer<'a> {
-    pub(super) fn new(half: WriteHalf<'a>, buffers: &Buffers) -> Self {
+    pub(super) fn new(socket: &'a TcpStream, buffers: &Buffers) -> Self {
+        let credit = buffers.credit().map(Allowance::Credit);
         Self {
-            half,
-            credit: buffers.credit().map(Box::new),
+            socket,
+            credit: credit.map(Box::new),
             is_new: true,
         }
     }
 
-    /// Writes what the socket takes of some bytes. None of them: there is no credit, which
-    /// [`Self::renew`] waits for. Behind what `is_last`, the socket is to be shut down.
+    pub(super) fn socket(&self) -> &'a TcpStream {
+        self.socket
+    }
+
+    /// Writes what the socket takes of some bytes; none of them only where there are none. Behind what
+    /// `is_last`, the socket is to be shut down.
     pub(super) fn poll_write(
         &mut self,
         cx: &mut Context<'_>,
         bytes: &[u8],
         is_last: bool,
     ) -> Poll<io::Result<usize>> {
-        let Some(credit) = &mut self.credit else {
-            return self.poll_send(cx, bytes, is_last);
+        let (socket, is_new) = (self.socket, &mut self.is_new);
+        let Some(allowance) = &mut self.credit else {
+            return poll_send(cx, socket, is_new, bytes, is_last, true);
         };
-        let most = credit.left().min(bytes.len());
-        if most == 0 {
-            return Poll::Ready(Ok(0));
-        }
-        // Where it may be redirected, its end can't go with it.
-        let is_last = is_last && credit.is_by_tcp();
-        let written = ready!(self.poll_send(cx, &bytes[..most], is_last));
-        let Some(credit) = &mut self.credit else {
-            return Poll::Ready(written);
-        };
-        Poll::Ready(match written {
-            Ok(written) => {
-                credit.wrote(written, most);
-                Ok(written)
+        loop {
+            let credit = match &mut **allowance {
+                Allowance::Credit(credit) => credit,
+                Allowance::Nothing(renewed) => {
+                    **allowance = Allowance::Credit(ready!(renewed.as_mut().poll(cx)));
+                    continue;
+                }
+            };
+            let most = credit.left().min(bytes.len());
+            if most > 0 || bytes.is_empty() {
+                let by_tcp = credit.is_by_tcp();
+                // Where it may be redirected, its end can't go with it.
+                let is_last = is_last && by_tcp;
+                match ready!(poll_send(
+                    cx,
+                    socket,
+                    is_new,
+                    &bytes[..most],
+                    is_last,
+                    by_tcp
+                )) {
+                    Ok(written) => {
+                        credit.wrote(written, most);
+                        return Poll::Ready(Ok(written));
+                    }
+                    Err(error) if !credit.outlives(&error) => return Poll::Ready(Err(error)),
+                    Err(_) => continue,
+                }
             }
-            Err(error) if !credit.outlives(&error) => Err(error),
-            Err(_) => Ok(0),
-        })
-    }
-
-    /// Waits until there is credit.
-    pub(super) async fn renew(&mut self) {
-        if let Some(credit) = &mut self.credit
-            && credit.left() == 0
-        {
-            Box::pin(credit.renew(self.half.as_ref())).await;
+            let mut credit = credit.clone();
+            **allowance = Allowance::Nothing(Box::pin(async move {
+                credit.renew(socket).await;
+                credit
+            }));
         }
     }
 
     /// Sends a FIN behind all that was written. Fails when that side is gone already.
-    pub(super) async fn shut_down(&mut self) -> io::Result<()> {
-        self.half.shutdown().await
+    pub(super) fn shut_down(&self) -> io::Result<()> {
+        SockRef::from(self.socket).shutdown(Shutdown::Write)
     }
+}
 
-    fn poll_send(
-        &mut self,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-        is_last: bool,
-    ) -> Poll<io::Result<usize>> {
-        // The kernel keeps what is last until the socket is shut down, which must follow: it waits for
-        // 200 ms at most (tcp(7), `TCP_CORK`). So the end goes with it in one packet.
-        let flags = if is_last { libc::MSG_MORE } else { 0 };
-        let socket = self.half.as_ref();
-        let send = || SockRef::from(socket).send_with_flags(bytes, flags);
-        if mem::take(&mut self.is_new) {
-            // The event loop may not have told of the socket yet.
-            match send() {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                done => return Poll::Ready(done),
-            }
-        }
-        if self.credit.as_ref().is_none_or(|credit| credit.is_by_tcp()) && !is_last {
-            return Pin::new(&mut self.half).poll_write(cx, bytes);
-        }
-        // Waits only when the kernel has said that there is no room. tokio's own write waits after one
-        // that was cut short, as for want of memory where it was redirected: no event tells of its
-        // end, since nothing is on its way.
-        loop {
-            ready!(socket.poll_write_ready(cx))?;
-            match socket.try_io(Interest::WRITABLE, send) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                done => return Poll::Ready(done),
-            }
+/// Sends what the socket takes. What doesn't go `by_tcp` for certain may be redirected.
+fn poll_send(
+    cx: &mut Context<'_>,
+    socket: &TcpStream,
+    is_new: &mut bool,
+    bytes: &[u8],
+    is_last: bool,
+    by_tcp: bool,
+) -> Poll<io::Result<usize>> {
+    // The kernel keeps what is last until the socket is shut down, which must follow: it waits for
+    // 200 ms at most (tcp(7), `TCP_CORK`). So the end goes with it in one packet.
+    let flags = if is_last { libc::MSG_MORE } else { 0 };
+    let send = || SockRef::from(socket).send_with_flags(bytes, flags);
+    if mem::take(is_new) {
+        // The event loop may not have told of the socket yet.
+        match send() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            done => return Poll::Ready(done),
         }
     }
+    // A write that was cut short for want of memory where it was redirected has nothing on its way
+    // that an event would tell of.
+    let exhausted = if by_tcp && !is_last {
+        Exhausted::ByShort { of: bytes.len() }
+    } else {
+        Exhausted::BySaying
+    };
+    poll_call(cx, socket, Interest::WRITABLE, exhausted, send)
 }

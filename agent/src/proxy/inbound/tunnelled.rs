@@ -30,7 +30,7 @@ use crate::{
         handshakes, hbone,
         pod::{Admitted, PodContext},
         record::{Ends, Record},
-        relay::{self, Side},
+        relay::{Side, Tunnelled},
         tunnel,
         tunnels::{OpenTunnel, Stream, TunnelState},
         witness,
@@ -363,8 +363,8 @@ impl Opened {
         } = self;
         let buffers = &tunnel.worker.buffers;
         let idle = record.pod().workload().settings.idle_timeout;
-        let (side, stream, rest) = (Side::Server, (send, receive), rest.take());
-        let result = relay::tunnel(buffers, record, side, server, stream, rest, idle)
+        let (server, stream) = ((Side::Server, &**server), (send, receive));
+        let result = Tunnelled::new(buffers, record, server, stream, rest.take(), idle)
             .await
             .map_err(|end| tunnel.cause.of(end));
         record.close(result);

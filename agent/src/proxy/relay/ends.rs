@@ -1,7 +1,6 @@
 //! How the ends of a relay end: which of them failed, and how a reset of the one is told to the other.
 
 use std::{
-    cell::Cell,
     io,
     task::{Context, Poll},
 };
@@ -9,7 +8,7 @@ use std::{
 use bytes::Bytes;
 use h2::{Reason as H2Reason, SendStream};
 use malla_common::Reason;
-use tokio::{io::Interest, net::tcp::ReadHalf, task::yield_now};
+use tokio::{io::Interest, net::TcpStream, task::yield_now};
 
 use crate::{proxy::record::Record, telemetry::Failure};
 
@@ -86,13 +85,17 @@ pub(in crate::proxy) async fn reset_behind(send: &mut SendStream<Bytes>) {
     // A reset takes the place of what waits to be sent. The tunnel, which was woken before this task
     // will be, sends first what its peer has room for.
     yield_now().await;
+    reset(send);
+}
+
+pub(super) fn reset(send: &mut SendStream<Bytes>) {
     send.send_reset(H2Reason::CONNECT_ERROR);
 }
 
 /// Returns when the socket, which is this `side`, has been reset.
-pub(super) async fn reset_of(reader: &ReadHalf<'_>, side: Side) -> End {
+pub(super) async fn reset_of(socket: &TcpStream, side: Side) -> End {
     // Fails only with the runtime.
-    let _ = reader.ready(Interest::ERROR).await;
+    let _ = socket.ready(Interest::ERROR).await;
     // The kernel calls it EPIPE where the peer's FIN came first.
     side.failed(io::Error::from_raw_os_error(libc::ECONNRESET))
 }
@@ -100,14 +103,14 @@ pub(super) async fn reset_of(reader: &ReadHalf<'_>, side: Side) -> End {
 /// Watches a socket that has said all it had to say: until the other direction has ended, only a
 /// reset can still come from it.
 pub(super) async fn no_reset(
-    reader: &ReadHalf<'_>,
+    socket: &TcpStream,
     side: Side,
     other_ended: impl Future<Output = ()>,
 ) -> Result<(), End> {
     tokio::select! {
         biased;
         () = other_ended => Ok(()),
-        end = reset_of(reader, side) => Err(end),
+        end = reset_of(socket, side) => Err(end),
     }
 }
 
@@ -116,13 +119,13 @@ pub(super) fn poll_reset(
     cx: &mut Context<'_>,
     send: &mut SendStream<Bytes>,
     side: Side,
-    receiving: &Cell<Receiving>,
+    receiving: Receiving,
 ) -> Poll<Result<(), End>> {
-    if receiving.get() == Receiving::Flows {
+    if receiving == Receiving::Flows {
         return Poll::Pending;
     }
     send.poll_reset(cx).map(|told| match told {
-        Ok(reason) => reset(reason, side.other()),
+        Ok(reason) => was_reset(reason, side.other()),
         Err(error) => stream_ended(&error, side.other()),
     })
 }
@@ -131,12 +134,12 @@ pub(super) fn poll_reset(
 /// §8.1), as a failure of the far side, or with the tunnel.
 pub(super) fn stream_ended(error: &h2::Error, far: Side) -> Result<(), End> {
     match error.reason() {
-        Some(reason) if error.is_reset() => reset(reason, far),
+        Some(reason) if error.is_reset() => was_reset(reason, far),
         _ => Err(End::Tunnel),
     }
 }
 
-fn reset(reason: H2Reason, far: Side) -> Result<(), End> {
+fn was_reset(reason: H2Reason, far: Side) -> Result<(), End> {
     if reason == H2Reason::NO_ERROR {
         return Ok(());
     }

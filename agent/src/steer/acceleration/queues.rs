@@ -97,7 +97,7 @@ impl Queues {
 }
 
 /// What the agent may write to one app.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Credit {
     queues: Arc<Queues>,
     /// The app's end, once it was asked for: most connections end before.

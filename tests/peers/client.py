@@ -9,7 +9,9 @@
     send N TEXT, end N, reset N CODE
     queue N SIZE             sends SIZE bytes as the windows allow, meanwhile the next steps go on
     fill N SIZE              the same, and waits until they are sent
+    opening N AUTHORITY SIZE  a CONNECT with SIZE bytes of data in one write
     hold N, release N        withholds N's receive window, gives it
+    trickle N SIZE COUNT MS  gives it SIZE bytes at a time, COUNT times, MS milliseconds apart
     ping                     waits for the answer
     certificate              what the server's certificate says
     raw TEXT                 bytes that aren't HTTP/2
@@ -27,6 +29,7 @@ import hashlib
 import socket
 import sys
 import threading
+import time
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -75,6 +78,10 @@ class Client:
     def do_connect(self, name, authority):
         self.open(name, "CONNECT", authority)
 
+    def do_opening(self, name, authority, size):
+        self.open(name, "CONNECT", authority, write=False)
+        self.do_queue(name, size)
+
     def do_within(self, name, authority, limit):
         self.open(name, "CONNECT", authority, {"malla-connect-within": limit})
 
@@ -122,6 +129,13 @@ class Client:
 
     def do_release(self, name):
         self.tunnel.release(self.of(name)[0])
+
+    def do_trickle(self, name, size, count, pause):
+        number, _ = self.of(name)
+        for _ in range(int(count)):
+            time.sleep(int(pause) / 1000)
+            self.tunnel.h2.increment_flow_control_window(int(size), number)
+            self.tunnel.write()
 
     def do_ping(self, tell=True):
         before = self.tunnel.pongs
@@ -211,8 +225,8 @@ def describe(certificate):
     of = certificate.extensions.get_extension_for_class
     purposes = of(x509.ExtendedKeyUsage).value
     since, until = (
-        int(time.replace(tzinfo=datetime.timezone.utc).timestamp())
-        for time in (certificate.not_valid_before, certificate.not_valid_after)
+        int(moment.replace(tzinfo=datetime.timezone.utc).timestamp())
+        for moment in (certificate.not_valid_before, certificate.not_valid_after)
     )
     key = certificate.public_key()
     print("uri", *hbone.names(certificate))

@@ -387,3 +387,49 @@ fn an_app_that_does_not_read_blocks_its_own_stream_alone() {
     assert_eq!(said[2].trim_end(), "1 end");
     assert_eq!(app.results().unwrap(), [8 * BULK, 0]);
 }
+
+#[test]
+fn a_reset_reaches_an_app_that_has_not_read_what_came_with_the_connect() {
+    const TIMES: usize = 10;
+    let world = World::new("peer-reset-first");
+    // What comes with a CONNECT is what its TLS record has room for: more than these kernels take.
+    let small = ["tcp_rmem", "tcp_wmem"].map(|of| format!("ipv4/{of}"));
+    let small = small.each_ref().map(|of| (&**of, "4096 4096 4096"));
+    world.server.netns().sysctls(&small).unwrap();
+    let app = world.app(TIMES, |stream| {
+        // Readable, writable or neither, it tells of an error.
+        let is_reset = || stream.take_error().unwrap().is_some();
+        eventually("the app to be reset", LIMIT, is_reset).unwrap();
+    });
+    let mut steps = String::new();
+    for number in 0..TIMES {
+        steps += &format!("opening {number} APP 16000\nstatus {number}\nsettle {number}\n");
+        steps += &format!("reset {number} CANCEL\n");
+    }
+    steps += "ping\n";
+    assert_eq!(world.talk(&steps).last().unwrap(), "pong");
+    app.results().unwrap();
+}
+
+#[test]
+fn what_a_peer_takes_little_by_little_keeps_a_connection_alive() {
+    let world = World::new("peer-trickle");
+    world
+        .bed
+        .change_settings(&world.server, "mtls: strict\nidleTimeout: 1s")
+        .unwrap();
+    let app = world.app(1, |mut stream| {
+        let mut first = [0; 1];
+        stream.read_exact(&mut first).unwrap();
+        stream.write_all(&vec![b'x'; BULK]).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(stream.read_to_end(&mut Vec::new()).unwrap(), 0);
+    });
+    // A chunk of the agent's takes longer than the time-out.
+    let steps = "connect 1 APP\nhold 1\nsend 1 s\nstatus 1\nsettle 1\n\
+                 trickle 1 2000 12 300\nrelease 1\nend 1\nfinish 1\n";
+    let said = world.talk(steps);
+    assert!(said[1].starts_with("1 open 65535 "), "{said:?}");
+    assert!(said[2].starts_with("1 end 1048576 "), "{said:?}");
+    app.results().unwrap();
+}

@@ -101,6 +101,11 @@ impl<'a> Tunnelled<'a> {
                 is_last,
             })
         });
+        // Until the socket has taken it, nobody reads the stream.
+        let receiving = match waits {
+            Some(_) => Receiving::Stalls,
+            None => Receiving::Flows,
+        };
         Self {
             buffers,
             record,
@@ -113,7 +118,7 @@ impl<'a> Tunnelled<'a> {
             from_socket: Pace::default(),
             to_socket: Pace::default(),
             side,
-            receiving: Receiving::Flows,
+            receiving,
             said_all: false,
         }
     }
@@ -245,7 +250,6 @@ impl<'a> Tunnelled<'a> {
             return Poll::Ready(Ok(()));
         }
         self.side.sent(&[self.record], bytes);
-        self.activity.happened();
         match then {
             Then::More if self.from_socket.is_over(bytes) => return pause(cx),
             Then::More => {}
@@ -330,17 +334,17 @@ impl Read {
             send.reserve_capacity(self.rest.len());
             if send.capacity() == 0 {
                 match ready!(send.poll_capacity(cx)) {
-                    Some(Ok(_)) => activity.happened(),
+                    Some(Ok(_)) => continue,
                     Some(Err(error)) => return Poll::Ready(ended(&error)),
                     None => return Poll::Ready(Ok(Sent::TakesNoMore)),
                 }
-                continue;
             }
             let part = self.rest.split_to(send.capacity().min(self.rest.len()));
             let is_last = matches!(self.then, Then::End) && self.rest.is_empty();
             if let Err(error) = send.send_data(part, is_last) {
                 return Poll::Ready(ended(&error));
             }
+            activity.happened();
         }
         Poll::Ready(Ok(Sent::All))
     }

@@ -22,7 +22,7 @@ use crate::{
         KernelAccount, Kind, Persistence, PodSockets,
     },
     model::WorkloadId,
-    steer::{Pod, sockets_of},
+    steer::{Pod, ends_of, sockets_of},
     telemetry::Metrics,
 };
 
@@ -155,12 +155,11 @@ impl Shared {
         let sockets = self.ask(served, budget);
         let descriptors = lock(&self.descriptors).list(&ledger::lines())?;
         let lines = ledger::lines();
-        Ok(ledger::compare(
-            &lines,
-            &descriptors,
-            &self.from_start,
-            &sockets,
-        ))
+        let mut account = ledger::compare(&lines, &descriptors, &self.from_start, &sockets);
+        if budget.is_none() {
+            find_ends(served, &mut account.differences);
+        }
+        Ok(account)
     }
 
     /// Asks the kernel for the sockets of pods, one at least, from the one after that was asked last.
@@ -227,6 +226,26 @@ impl Shared {
         metrics.set_kernel_sockets("listener", sum(|kernel| kernel.listeners));
         metrics.set_kernel_sockets("connection", sum(|kernel| kernel.connections));
         metrics.set_kernel_sockets("closed", sum(|kernel| kernel.closed));
+    }
+}
+
+/// Asks for the ends of the pods' sockets that nobody entered.
+fn find_ends(served: &[Served], differences: &mut [Difference]) {
+    for served in served {
+        let of_pod = |d: &&mut Difference| d.pod == Some(served.pod.id);
+        let inodes: HashSet<u32> = differences
+            .iter_mut()
+            .filter(of_pod)
+            .filter_map(|difference| difference.inode)
+            .collect();
+        if inodes.is_empty() {
+            continue;
+        }
+        // Where its netns is going, others tell.
+        let ends = ends_of(&served.pod, &inodes).unwrap_or_default();
+        for difference in differences.iter_mut().filter(of_pod) {
+            difference.ends = difference.inode.and_then(|inode| ends.get(&inode).copied());
+        }
     }
 }
 

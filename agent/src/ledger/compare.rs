@@ -8,14 +8,15 @@ use std::{
 
 use super::{Descriptor, Kind, Line, Target};
 
-/// A TCP socket of a netns that some process holds.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A TCP socket of a netns that some process holds. A node may have hundreds of thousands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KernelSocket {
-    pub inode: u64,
+    pub inode: u32,
     pub listens: bool,
-    pub local: SocketAddr,
-    pub remote: SocketAddr,
 }
+
+/// A connection's local and remote address.
+pub type Ends = (SocketAddr, SocketAddr);
 
 /// The pods that are served, by number; None where the kernel wasn't asked this time.
 pub type PodSockets = BTreeMap<u32, Option<Vec<KernelSocket>>>;
@@ -96,24 +97,25 @@ pub struct Difference {
     pub descriptor: RawFd,
     /// Tells it from another of the same number.
     pub identity: String,
-    /// Its addresses, where it is a socket of a pod.
-    pub ends: Option<(SocketAddr, SocketAddr)>,
+    /// Its inode, where it is a socket of a pod.
+    pub inode: Option<u32>,
+    /// Its addresses, where it is a socket of a pod and they were asked for.
+    pub ends: Option<Ends>,
 }
 
-/// Compares. `from_start` are descriptors that were open before anything was entered.
+/// Compares `lines` and `descriptors`, both in the order of their numbers. `from_start` are descriptors
+/// that were open before anything was entered.
 pub fn compare(
     lines: &[Line],
     descriptors: &[Descriptor],
     from_start: &HashSet<Descriptor>,
     pods: &PodSockets,
 ) -> Account {
-    let lines: HashMap<RawFd, Line> = lines.iter().map(|line| (line.descriptor, *line)).collect();
     let mut account = Account {
         open: descriptors.len(),
         ..Account::default()
     };
-    let open: HashMap<RawFd, &Target> = descriptors.iter().map(|d| (d.number, &d.target)).collect();
-    for line in lines.values() {
+    for line in lines {
         *account.entered.entry(line.kind).or_default() += 1;
         let is_of_pod = line.kind == Kind::Listener || line.kind.is_connection();
         let is_served = pods.contains_key(&line.pod);
@@ -121,10 +123,10 @@ pub fn compare(
             let pod = account.pods.entry(line.pod).or_default();
             *pod.believed.entry(line.kind).or_default() += 1;
         }
-        let kind = match open.contains_key(&line.descriptor) {
-            false => DifferenceKind::Missing,
-            true if is_of_pod && !is_served => DifferenceKind::Orphaned,
-            true => continue,
+        let kind = match target(descriptors, line.descriptor) {
+            None => DifferenceKind::Missing,
+            Some(_) if is_of_pod && !is_served => DifferenceKind::Orphaned,
+            Some(_) => continue,
         };
         account.differences.push(Difference {
             kind,
@@ -132,12 +134,17 @@ pub fn compare(
             pod: is_of_pod.then_some(line.pod),
             descriptor: line.descriptor,
             identity: line.serial.to_string(),
+            inode: None,
             ends: None,
         });
     }
     let mut unaccounted = Vec::new();
     for descriptor in descriptors {
-        if lines.contains_key(&descriptor.number) {
+        let number = |line: &Line| line.descriptor;
+        if lines
+            .binary_search_by_key(&descriptor.number, number)
+            .is_ok()
+        {
             continue;
         }
         if from_start.contains(descriptor) {
@@ -149,23 +156,33 @@ pub fn compare(
     }
     let differences = differences_of(&unaccounted, pods);
     account.differences.extend(differences);
-    let own: HashSet<u64> = open.values().filter_map(|target| inode(target)).collect();
+    let mut own: Vec<u32> = descriptors
+        .iter()
+        .filter_map(|d| inode(&d.target))
+        .collect();
+    own.sort_unstable();
     for (number, asked) in pods {
         let pod = account.pods.entry(*number).or_default();
         let Some(asked) = asked else { continue };
-        let own = asked.iter().filter(|socket| own.contains(&socket.inode));
-        pod.kernel = Some(kernel_account(*number, own, &lines, &open));
+        let own = asked.iter().filter(|s| own.binary_search(&s.inode).is_ok());
+        pod.kernel = Some(kernel_account(*number, own, lines, descriptors));
     }
     account
 }
 
+/// What a descriptor is of, where it is open.
+fn target(descriptors: &[Descriptor], number: RawFd) -> Option<&Target> {
+    let place = descriptors.binary_search_by_key(&number, |descriptor| descriptor.number);
+    Some(&descriptors[place.ok()?].target)
+}
+
 /// What the kernel knows of descriptors that nobody entered.
 fn differences_of(unaccounted: &[&Descriptor], pods: &PodSockets) -> Vec<Difference> {
-    let inodes: HashSet<u64> = unaccounted
+    let inodes: HashSet<u32> = unaccounted
         .iter()
         .filter_map(|d| inode(&d.target))
         .collect();
-    let mut sockets: HashMap<u64, (u32, &KernelSocket)> = HashMap::new();
+    let mut sockets: HashMap<u32, (u32, &KernelSocket)> = HashMap::new();
     if !inodes.is_empty() {
         for (number, asked) in pods {
             let asked = asked.iter().flatten();
@@ -186,7 +203,8 @@ fn differences_of(unaccounted: &[&Descriptor], pods: &PodSockets) -> Vec<Differe
             pod: found.map(|(pod, _)| *pod),
             descriptor: descriptor.number,
             identity: descriptor.target.to_string(),
-            ends: found.map(|(_, socket)| (socket.local, socket.remote)),
+            inode: found.map(|(_, socket)| socket.inode),
+            ends: None,
         }
     };
     unaccounted.iter().map(difference).collect()
@@ -196,30 +214,26 @@ fn differences_of(unaccounted: &[&Descriptor], pods: &PodSockets) -> Vec<Differe
 fn kernel_account<'a>(
     pod: u32,
     own: impl Iterator<Item = &'a KernelSocket>,
-    lines: &HashMap<RawFd, Line>,
-    open: &HashMap<RawFd, &Target>,
+    lines: &[Line],
+    descriptors: &[Descriptor],
 ) -> KernelAccount {
-    let mut account = KernelAccount::default();
-    let mut listed = HashSet::new();
-    for socket in own {
-        // The kernel may list one twice while others come and go.
-        if !listed.insert(socket.inode) {
-            continue;
-        }
-        if socket.listens {
-            account.listeners += 1;
-        } else {
-            account.connections += 1;
-        }
-    }
+    let mut listed: Vec<KernelSocket> = own.copied().collect();
+    // The kernel may list one twice while others come and go.
+    listed.sort_unstable_by_key(|socket| socket.inode);
+    listed.dedup_by_key(|socket| socket.inode);
+    let listeners = listed.iter().filter(|socket| socket.listens).count();
     let of_pod = |line: &&Line| line.pod == pod && line.kind.is_connection();
-    let entered = lines.values().filter(of_pod);
-    let sockets = entered.filter_map(|line| inode(open.get(&line.descriptor)?));
-    account.closed = sockets.filter(|inode| !listed.contains(inode)).count();
-    account
+    let entered = lines.iter().filter(of_pod);
+    let sockets = entered.filter_map(|line| inode(target(descriptors, line.descriptor)?));
+    let is_listed = |inode: &u32| listed.binary_search_by_key(inode, |socket| socket.inode);
+    KernelAccount {
+        listeners,
+        connections: listed.len() - listeners,
+        closed: sockets.filter(|inode| is_listed(inode).is_err()).count(),
+    }
 }
 
-fn inode(target: &Target) -> Option<u64> {
+fn inode(target: &Target) -> Option<u32> {
     match target {
         Target::Socket(inode) => Some(*inode),
         Target::Other(_) => None,

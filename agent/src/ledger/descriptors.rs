@@ -1,7 +1,6 @@
 //! The process's open descriptors, as `/proc/self/fd` has them.
 
 use std::{
-    collections::HashMap,
     ffi::OsStr,
     fmt, fs, io,
     os::{fd::RawFd, unix::ffi::OsStrExt},
@@ -23,8 +22,8 @@ pub struct Descriptor {
 /// What a descriptor is of.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Target {
-    /// A socket of any kind, by its inode.
-    Socket(u64),
+    /// A socket of any kind, by its inode: the kernel numbers them by a counter of 32 bits.
+    Socket(u32),
     /// Anything else, as the kernel names it.
     Other(String),
 }
@@ -65,35 +64,44 @@ impl fmt::Display for Target {
 
 /// Reads what is open, again and again.
 ///
-/// Asking what a descriptor is of costs the kernel more than all the rest, so what an entry's is of
+/// Asking what a descriptor is of costs the kernel more than all the rest, so which socket an entry's is
 /// is remembered, for a while: an entry whose descriptor was closed and given out again, which must
 /// not happen, is found in the end.
 #[derive(Debug, Default)]
 pub struct Descriptors {
-    known: HashMap<(RawFd, u32), Target>,
+    /// In the order of their descriptors.
+    known: Vec<Known>,
     reads: u32,
 }
 
+/// An entry's socket.
+#[derive(Debug)]
+struct Known {
+    descriptor: RawFd,
+    serial: u32,
+    inode: u32,
+}
+
 impl Descriptors {
-    /// All that are open, but for the one that lists them; `lines` are what was entered a moment
-    /// ago. Those that come or go meanwhile may be in it or not.
+    /// All that are open, but for the one that lists them, in the order of their numbers; `lines` are
+    /// what was entered a moment ago, in that order. Those that come or go meanwhile may be in it or not.
     pub fn list(&mut self, lines: &[Line]) -> io::Result<Vec<Descriptor>> {
         self.reads += 1;
-        let mut before = std::mem::take(&mut self.known);
         if self.reads.is_multiple_of(FORGET_EVERY) {
-            before.clear();
+            self.known.clear();
         }
-        let lines: HashMap<RawFd, u32> = lines.iter().map(|l| (l.descriptor, l.serial)).collect();
         let own = format!("/proc/{}/fd", std::process::id());
-        let mut found = Vec::new();
+        let (mut found, mut known) = (Vec::new(), Vec::new());
         for entry in fs::read_dir(FOLDER)? {
             let entry = entry?;
             let Some(number) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
                 continue;
             };
-            let entered = lines.get(&number).map(|serial| (number, *serial));
-            let target = match entered.and_then(|key| before.remove(&key)) {
-                Some(target) => target,
+            let serial = lines
+                .binary_search_by_key(&number, |line| line.descriptor)
+                .map(|place| lines[place].serial);
+            let target = match serial.ok().and_then(|serial| self.known(number, serial)) {
+                Some(inode) => Target::Socket(inode),
                 None => match fs::read_link(entry.path()) {
                     Ok(target) if target.as_os_str() == own.as_str() => continue,
                     Ok(target) => Target::parse(target.as_os_str()),
@@ -101,18 +109,35 @@ impl Descriptors {
                     Err(_) => continue,
                 },
             };
-            if let Some(key) = entered {
-                self.known.insert(key, target.clone());
+            if let (Ok(serial), Target::Socket(inode)) = (serial, &target) {
+                known.push(Known {
+                    descriptor: number,
+                    serial,
+                    inode: *inode,
+                });
             }
             found.push(Descriptor { number, target });
         }
+        // As procfs has them, which isn't promised.
+        found.sort_unstable_by_key(|descriptor| descriptor.number);
+        known.sort_unstable_by_key(|known| known.descriptor);
+        self.known = known;
         Ok(found)
+    }
+
+    fn known(&self, descriptor: RawFd, serial: u32) -> Option<u32> {
+        let order = |known: &Known| (known.descriptor, known.serial);
+        let place = self
+            .known
+            .binary_search_by_key(&(descriptor, serial), order);
+        Some(self.known[place.ok()?].inode)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::{
+        ffi::OsString,
         fs::File,
         net::UdpSocket,
         os::fd::{AsRawFd, OwnedFd},
@@ -140,8 +165,13 @@ mod tests {
 
     #[test]
     fn what_an_entry_is_of_is_asked_anew_with_each_entry_and_now_and_then() {
-        let [null, zero] = ["/dev/null", "/dev/zero"].map(|path| File::open(path).unwrap());
-        let mut descriptor = OwnedFd::from(null.try_clone().unwrap());
+        let [one, other] = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
+        let name = |socket: &UdpSocket| {
+            let path = format!("{FOLDER}/{}", socket.as_raw_fd());
+            fs::read_link(path).unwrap().into_os_string()
+        };
+        let (first, second) = (name(&one), name(&other));
+        let mut descriptor = OwnedFd::from(one.try_clone().unwrap());
         let number = descriptor.as_raw_fd();
         let mut descriptors = Descriptors::default();
         let mut target = |serial| {
@@ -153,14 +183,14 @@ mod tests {
             };
             let mut listed = descriptors.list(&[line]).unwrap().into_iter();
             let found = listed.find(|found| found.number == number).unwrap();
-            found.target.to_string()
+            OsString::from(found.target.to_string())
         };
-        assert_eq!(target(1), "/dev/null");
-        dup2(&zero, &mut descriptor).unwrap();
-        assert_eq!(target(1), "/dev/null", "remembered");
-        assert!((0..FORGET_EVERY).any(|_| target(1) == "/dev/zero"));
-        dup2(&null, &mut descriptor).unwrap();
-        assert_eq!(target(2), "/dev/null");
+        assert_eq!(target(1), first);
+        dup2(&other, &mut descriptor).unwrap();
+        assert_eq!(target(1), first, "remembered");
+        assert!((0..FORGET_EVERY).any(|_| target(1) == second));
+        dup2(&one, &mut descriptor).unwrap();
+        assert_eq!(target(2), first);
     }
 
     #[test]

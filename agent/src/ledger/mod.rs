@@ -14,7 +14,7 @@ mod persistence;
 mod table;
 
 pub use compare::{
-    Account, Difference, DifferenceKind, KernelAccount, KernelSocket, PodAccount, PodSockets,
+    Account, Difference, DifferenceKind, Ends, KernelAccount, KernelSocket, PodAccount, PodSockets,
     compare,
 };
 pub use descriptors::{Descriptor, Descriptors, Target};
@@ -24,7 +24,7 @@ pub use table::{Accounted, Entry, Kind, Line};
 /// A process has one table of descriptors, and so one of what they are for.
 static TABLE: table::Table = table::Table::new();
 
-/// All that is entered now.
+/// All that is entered now, in the order of the descriptors' numbers.
 pub fn lines() -> Vec<Line> {
     TABLE.lines()
 }

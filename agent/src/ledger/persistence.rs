@@ -119,6 +119,7 @@ mod tests {
             pod: Some(1),
             descriptor,
             identity: format!("socket:[{inode}]"),
+            inode: None,
             ends: None,
         }
     }

@@ -4,6 +4,7 @@
 //! whatever the netns has: not for a worker.
 
 use std::{
+    collections::{HashMap, HashSet},
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::OwnedFd,
@@ -13,7 +14,7 @@ use super::{
     Pod,
     diag::{self, DESCRIPTION, HEADER, NLM_F_DUMP, NLM_F_REQUEST},
 };
-use crate::ledger::KernelSocket;
+use crate::ledger::{Ends, KernelSocket};
 
 /// From `linux/inet_diag.h`. This older question is the one that asks for both families at once,
 /// and so walks the table once.
@@ -27,13 +28,29 @@ const TCP_LISTEN: u8 = 10;
 
 /// Asks for those of `pod`. One that comes or goes meanwhile may be in it or not, or twice.
 pub fn sockets_of(pod: &Pod) -> io::Result<Vec<KernelSocket>> {
-    ask(&pod.netns.enter(&pod.home, diag::netlink)??)
+    ask(&pod.netns.enter(&pod.home, diag::netlink)??, socket)
 }
 
-fn ask(socket: &OwnedFd) -> io::Result<Vec<KernelSocket>> {
-    let mut found = Vec::new();
-    diag::dump(socket, &request(), |described| {
-        found.extend(parse(described));
+/// Asks for the ends of those of `pod` that have one of these inodes.
+pub fn ends_of(pod: &Pod, inodes: &HashSet<u32>) -> io::Result<HashMap<u32, Ends>> {
+    let question = pod.netns.enter(&pod.home, diag::netlink)??;
+    let of = |described: &Described| {
+        let found = socket(described)?;
+        let is_meant = inodes.contains(&found.inode);
+        is_meant.then(|| (found.inode, ends(described)))
+    };
+    ask(&question, of)
+}
+
+type Described = [u8; DESCRIPTION];
+
+fn ask<T, C: Default + Extend<T>>(
+    question: &OwnedFd,
+    of: impl Fn(&Described) -> Option<T>,
+) -> io::Result<C> {
+    let mut found = C::default();
+    diag::dump(question, &request(), |described| {
+        found.extend(of(described));
     })?;
     Ok(found)
 }
@@ -51,11 +68,13 @@ fn request() -> [u8; HEADER + REQUEST] {
 }
 
 /// None for a socket that no process holds any more.
-fn parse(message: &[u8; DESCRIPTION]) -> Option<KernelSocket> {
+fn socket(message: &Described) -> Option<KernelSocket> {
     let inode = u32::from_ne_bytes(*message.last_chunk()?);
-    if inode == 0 {
-        return None;
-    }
+    let listens = message[1] == TCP_LISTEN;
+    (inode != 0).then_some(KernelSocket { inode, listens })
+}
+
+fn ends(message: &Described) -> Ends {
     let is_v4 = i32::from(message[0]) == libc::AF_INET;
     let end = |port: usize, address: usize| {
         let mut octets = [0; 16];
@@ -68,12 +87,7 @@ fn parse(message: &[u8; DESCRIPTION]) -> Option<KernelSocket> {
         let port = u16::from_be_bytes([message[port], message[port + 1]]);
         SocketAddr::new(address, port)
     };
-    Some(KernelSocket {
-        inode: inode.into(),
-        listens: message[1] == TCP_LISTEN,
-        local: end(4, 8),
-        remote: end(6, 24),
-    })
+    (end(4, 8), end(6, 24))
 }
 
 #[cfg(test)]
@@ -86,9 +100,10 @@ mod tests {
 
     use super::*;
 
-    fn inode(socket: &impl AsFd) -> u64 {
+    fn inode(socket: &impl AsFd) -> u32 {
         let descriptor = socket.as_fd().try_clone_to_owned().unwrap();
-        std::fs::File::from(descriptor).metadata().unwrap().ino()
+        let metadata = std::fs::File::from(descriptor).metadata().unwrap();
+        u32::try_from(metadata.ino()).unwrap()
     }
 
     #[test]
@@ -98,14 +113,16 @@ mod tests {
             let server = listener.local_addr().unwrap();
             let client = TcpStream::connect(server).unwrap();
             let (accepted, peer) = listener.accept().unwrap();
-            let all = || ask(&diag::netlink().unwrap()).unwrap();
+            let question = || diag::netlink().unwrap();
+            let all = || -> Vec<KernelSocket> { ask(&question(), socket).unwrap() };
             let found = all();
-            let get = |inode| found.iter().find(|s| s.inode == inode).unwrap();
-            assert!(get(inode(&listener)).listens, "{address}");
-            let ends = |socket: &KernelSocket| (socket.local, socket.remote);
-            assert_eq!(ends(get(inode(&client))), (peer, server));
-            assert_eq!(ends(get(inode(&accepted))), (server, peer));
-            assert!(!get(inode(&accepted)).listens);
+            let listens = |inode| found.iter().find(|s| s.inode == inode).unwrap().listens;
+            assert!(listens(inode(&listener)), "{address}");
+            assert!(!listens(inode(&client)) && !listens(inode(&accepted)));
+            let of = |described: &Described| Some((socket(described)?.inode, ends(described)));
+            let ends: HashMap<u32, Ends> = ask(&question(), of).unwrap();
+            assert_eq!(ends[&inode(&client)], (peer, server));
+            assert_eq!(ends[&inode(&accepted)], (server, peer));
             // Without a descriptor it may be in the kernel's table for long, and is nobody's.
             let gone = inode(&client);
             drop(client);

@@ -45,7 +45,7 @@ use malla_common::{Counter, Flow, WorkerLoad};
 pub use acceleration::{Acceleration, Credit, InForce, Queues, Verdict};
 pub use attach::TcMethod;
 pub use audit::{AUDIT_INTERVAL, Difference, Kind};
-pub use census::sockets_of;
+pub use census::{ends_of, sockets_of};
 pub use cgroup::check as check_cgroup;
 pub use cleanup::{cleanup, folders as folders_of_agents};
 pub use dial::{DialError, Opening, OwnDial, ToApp, end_orderly, to_app, to_network};

@@ -1,9 +1,5 @@
 use super::*;
 
-fn address(text: &str) -> SocketAddr {
-    text.parse().unwrap()
-}
-
 fn line(descriptor: RawFd, pod: u32, kind: Kind) -> Line {
     Line {
         descriptor,
@@ -13,18 +9,13 @@ fn line(descriptor: RawFd, pod: u32, kind: Kind) -> Line {
     }
 }
 
-fn socket(number: RawFd, inode: u64) -> Descriptor {
+fn socket(number: RawFd, inode: u32) -> Descriptor {
     let target = Target::Socket(inode);
     Descriptor { number, target }
 }
 
-fn in_kernel(inode: u64, listens: bool) -> KernelSocket {
-    KernelSocket {
-        inode,
-        listens,
-        local: address("10.0.0.1:80"),
-        remote: address("10.0.0.2:1024"),
-    }
+fn in_kernel(inode: u32, listens: bool) -> KernelSocket {
+    KernelSocket { inode, listens }
 }
 
 fn told(account: &Account) -> Vec<(&str, &str, Option<u32>, RawFd)> {
@@ -97,12 +88,8 @@ fn what_nobody_entered_is_told_by_what_the_kernel_knows_of_it() {
             ("unaccounted", "socket", None, 5),
         ]
     );
-    let ends = |at: usize| account.differences[at].ends;
-    assert_eq!(
-        ends(1),
-        Some((address("10.0.0.1:80"), address("10.0.0.2:1024")))
-    );
-    assert_eq!(ends(2), None);
+    let inodes: Vec<_> = account.differences.iter().map(|d| d.inode).collect();
+    assert_eq!(inodes, [Some(100), Some(101), None, None]);
 }
 
 #[test]

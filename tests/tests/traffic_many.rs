@@ -11,7 +11,8 @@ use std::{
 };
 
 use malla_testbed::{
-    PATIENCE, Pair, Pod, Way, accept, allow_many_descriptors, dial_from, listen, on_each_way,
+    PATIENCE, Pair, Pod, PodSpec, Testbed, Way, accept, allow_many_descriptors, dial_from, listen,
+    on_each_way,
 };
 use socket2::SockRef;
 
@@ -217,6 +218,29 @@ fn reconnect(pair: &Pair, mut to: SocketAddr) {
             }
         });
     });
+}
+
+#[test]
+fn a_tunnel_has_as_many_streams_as_its_peer_has_said_that_it_takes() {
+    // 100 before it has said so, which the first answer tells.
+    for (connections, expected) in [(200, 1.0), (201, 2.0)] {
+        let bed = Testbed::new("streams").unwrap();
+        let bed = bed.with_agent_arguments(["--workers", "1"]);
+        let (client, server) = (PodSpec::new("client"), PodSpec::new("server"));
+        let pair = Pair::on(bed, Way::Mesh, client, server).unwrap();
+        let open = |_| {
+            let ends = pair.connection().unwrap();
+            (&ends.0).write_all(b"x").unwrap();
+            (&ends.1).read_exact(&mut [0]).unwrap();
+            ends
+        };
+        let open: Vec<_> = (0..connections).map(open).collect();
+        let metrics = pair.bed.agent(&pair.a).metrics().unwrap();
+        let tunnels = metrics.sum("malla_tunnels_open", &[("direction", "outbound")]);
+        assert!((tunnels - expected).abs() < f64::EPSILON, "{tunnels}");
+        drop(open);
+        pair.nothing_is_held().unwrap();
+    }
 }
 
 #[test]

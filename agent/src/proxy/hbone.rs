@@ -28,8 +28,12 @@ pub(super) const MAX_STREAMS: u32 = 200;
 /// Refused streams that are remembered for a second: data may be on its way to each, and where one isn't
 /// known any more h2 takes that for a fault, of which it counts no more than 1,024.
 pub(super) const MAX_RESET_STREAMS: usize = 1024;
-/// Streams that this agent opens in one tunnel.
-pub(super) const MAX_OWN_STREAMS: usize = 100;
+/// Streams that this agent opens in one tunnel whose peer takes as many: half of the memory that a tunnel
+/// costs, shared by twice as many as ztunnel opens.
+pub(super) const MAX_OWN_STREAMS: usize = 200;
+/// Streams that this agent opens before a peer has said how many it takes (RFC 9113 §6.5.2 recommends that
+/// a peer takes no fewer).
+pub(super) const FIRST_STREAMS: usize = 100;
 
 const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");

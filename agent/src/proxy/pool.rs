@@ -53,7 +53,7 @@ impl Default for Tunnels {
     fn default() -> Self {
         Self {
             open: Vec::new(),
-            limit: hbone::MAX_OWN_STREAMS,
+            limit: hbone::FIRST_STREAMS,
             opening: 0,
             waiting: VecDeque::new(),
         }

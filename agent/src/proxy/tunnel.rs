@@ -118,10 +118,14 @@ impl From<OpenError> for Failure {
 }
 
 impl Tunnel {
-    /// A place for one more stream, up to `limit` of them. None when the tunnel is full, or takes
-    /// no more.
-    pub(super) fn lease(self: &Rc<Self>, limit: usize) -> Option<Lease> {
-        let limit = limit.min(self.max_streams()).min(self.refused_above.get());
+    /// A place for one more stream, up to `first` of them as long as the peer may not have said how many
+    /// it takes. None when the tunnel is full, or takes no more.
+    pub(super) fn lease(self: &Rc<Self>, first: usize) -> Option<Lease> {
+        let limit = match self.max_streams() {
+            said if said > hbone::FIRST_STREAMS => said.min(hbone::MAX_OWN_STREAMS),
+            said => said.min(first),
+        };
+        let limit = limit.min(self.refused_above.get());
         if self.is_ended() || self.state.streams.get() >= limit {
             return None;
         }
@@ -131,7 +135,7 @@ impl Tunnel {
         })
     }
 
-    /// How many streams the peer allows, once its SETTINGS have come.
+    /// How many streams the peer allows, once its SETTINGS have come; before that, [`hbone::FIRST_STREAMS`].
     pub(super) fn max_streams(&self) -> usize {
         self.requests.current_max_send_streams()
     }
@@ -304,7 +308,7 @@ pub(super) async fn open(
             .max_frame_size(hbone::MAX_FRAME)
             .max_header_list_size(hbone::MAX_HEADERS)
             .max_send_buffer_size(hbone::MAX_SEND_BUFFER)
-            .initial_max_send_streams(hbone::MAX_OWN_STREAMS)
+            .initial_max_send_streams(hbone::FIRST_STREAMS)
             .handshake::<_, Bytes>(stream)
             .await
             .map_err(|error| match reason_of(&error, Side::Client) {

@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use crate::netns::Netns;
+use crate::{accelerated::Polled, netns::Netns};
 
 /// How long a client waits for its connection and for each answer, unless it is told otherwise.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -37,15 +37,24 @@ pub struct EchoApp {
 impl EchoApp {
     /// Listens on `port`, with `SO_REUSEADDR` as most servers do.
     pub fn start(netns: &Netns, port: u16) -> Result<Self> {
-        Self::listen(netns, port, true)
+        Self::listen(netns, port, true, echo)
+    }
+
+    /// The same, whose sockets are as `accelerate: full` asks of them.
+    pub fn polled(netns: &Netns, port: u16) -> Result<Self> {
+        Self::listen(netns, port, true, |stream| {
+            let end = Polled::new(stream.try_clone()?)?;
+            io::copy(&mut &end, &mut &end)?;
+            Ok(())
+        })
     }
 
     /// Listens on `port` without `SO_REUSEADDR`: no other socket may hold the port.
     pub fn without_reuse(netns: &Netns, port: u16) -> Result<Self> {
-        Self::listen(netns, port, false)
+        Self::listen(netns, port, false, echo)
     }
 
-    fn listen(netns: &Netns, port: u16, reuse: bool) -> Result<Self> {
+    fn listen(netns: &Netns, port: u16, reuse: bool, serve: Serve) -> Result<Self> {
         let listener = netns.enter(|| -> io::Result<TcpListener> {
             let socket = Socket::new(Domain::IPV6, Type::STREAM, None)?;
             socket.set_only_v6(false)?;
@@ -60,7 +69,7 @@ impl EchoApp {
         let (accepts, notes) = (Arc::clone(&listener), Arc::clone(&seen));
         let accepting = thread::Builder::new()
             .name("echo".to_owned())
-            .spawn(move || accept_all(&accepts, &notes))?;
+            .spawn(move || accept_all(&accepts, &notes, serve))?;
         Ok(Self {
             listener,
             seen,
@@ -107,9 +116,18 @@ impl Drop for EchoApp {
     }
 }
 
-fn accept_all(listener: &TcpListener, seen: &Arc<Mutex<Seen>>) {
+/// Serves one connection until its peer's end.
+type Serve = fn(&TcpStream) -> io::Result<()>;
+
+fn echo(mut stream: &TcpStream) -> io::Result<()> {
+    let mut reader = stream;
+    io::copy(&mut reader, &mut stream)?;
+    Ok(())
+}
+
+fn accept_all(listener: &TcpListener, seen: &Arc<Mutex<Seen>>, serve: Serve) {
     while let Ok((stream, peer)) = listener.accept() {
-        let Ok(mut kept) = stream.try_clone() else {
+        let Ok(kept) = stream.try_clone() else {
             continue;
         };
         let mut notes = lock(seen);
@@ -119,11 +137,9 @@ fn accept_all(listener: &TcpListener, seen: &Arc<Mutex<Seen>>) {
         drop(notes);
         let seen = Arc::clone(seen);
         thread::spawn(move || {
-            if let Ok(mut reader) = kept.try_clone() {
-                // The peer's end ends the copy, and a reset is an end like any other.
-                let _ = io::copy(&mut reader, &mut kept);
-                let _ = kept.shutdown(Shutdown::Write);
-            }
+            // A reset is an end like any other.
+            let _ = serve(&kept);
+            let _ = kept.shutdown(Shutdown::Write);
             lock(&seen).streams.remove(&place);
         });
     }

@@ -50,3 +50,16 @@ pub fn allow_many_descriptors() -> Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     Ok(setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?)
 }
+
+/// Lets this process, and what it starts, have `wanted` descriptors where it may raise its hard limit that
+/// far, and as many as it may where not. How many that is.
+pub fn allow_descriptors(wanted: u64) -> Result<u64> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    let raised = hard.max(wanted);
+    // That needs CAP_SYS_RESOURCE, which root may lack in a container.
+    if setrlimit(Resource::RLIMIT_NOFILE, raised, raised).is_ok() {
+        return Ok(raised);
+    }
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    Ok(hard)
+}

@@ -77,7 +77,7 @@ pub use caller::{Caller, EchoApp, Fate, same_family, say};
 pub use capture::Capture;
 pub use churn::{Churn, Churners, Held};
 pub use crowd::{Crowd, End, Enrolled};
-pub use descriptors::allow_many_descriptors;
+pub use descriptors::{allow_descriptors, allow_many_descriptors};
 pub use forwarder::{Impairment, WireStats};
 pub use hello::Hello;
 pub use http::{Response, get, get_unix};

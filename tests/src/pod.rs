@@ -187,6 +187,11 @@ impl Pod {
         EchoApp::start(&self.netns, port)
     }
 
+    /// The same of an app whose sockets are as `accelerate: full` asks of them.
+    pub fn polled_echo(&self, port: u16) -> Result<EchoApp> {
+        EchoApp::polled(&self.netns, port)
+    }
+
     /// Captures what passes the pod's first interface.
     pub fn capture(&self) -> Result<Capture> {
         Capture::start(&self.netns, "eth0")

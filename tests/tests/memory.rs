@@ -1,12 +1,18 @@
 //! What agents hold in memory at rest, and for connections that say nothing.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like the tests")]
+
 use std::{
+    fs,
     io::{Read, Write},
     net::TcpStream,
+    thread,
+    time::Duration,
 };
 
 use malla_testbed::{
-    Agent, PATIENCE, Pair, Way, accept, allow_many_descriptors, eventually, listen,
+    Agent, PATIENCE, Pair, Pod, PodSpec, Testbed, Way, accept, allow_descriptors,
+    allow_many_descriptors, eventually, listen,
 };
 
 /// Of one agent at rest, in bytes: twice what one without optimisation takes. Its start takes 30 MB
@@ -39,21 +45,7 @@ fn an_agent_at_rest_gives_back_what_its_start_took() {
 fn three_thousand_idle_connections_take_little_of_both_agents_memory() {
     allow_many_descriptors().unwrap();
     let pair = Pair::new(Way::Mesh).unwrap();
-    let listener = listen(&pair.server, 0).unwrap();
-    let to = pair.address(listener.local_addr().unwrap().port());
-    let open = |number| -> Vec<(TcpStream, TcpStream)> {
-        let each = (0..number).map(|_| {
-            let (mut client, mut byte) = (pair.dial(to).unwrap(), [7]);
-            let mut server = accept(&listener).unwrap();
-            client.write_all(&byte).unwrap();
-            server.read_exact(&mut byte).unwrap();
-            server.write_all(&byte).unwrap();
-            client.read_exact(&mut byte).unwrap();
-            (client, server)
-        });
-        each.collect()
-    };
-    let idle = open(CONNECTIONS);
+    let idle = open_idle(&pair.client, &pair.server, CONNECTIONS as u64);
     let memory = || -> usize {
         let each = pair.agents().map(Agent::anonymous_memory);
         each.into_iter().map(Result::unwrap).sum()
@@ -65,4 +57,103 @@ fn three_thousand_idle_connections_take_little_of_both_agents_memory() {
     small.unwrap_or_else(|error| panic!("{error}: {} bytes", memory()));
     drop(idle);
     pair.nothing_is_held().unwrap();
+}
+
+/// Longer than it takes until keepalive asks for the first time.
+const SILENCE: Duration = Duration::from_secs(12);
+
+/// All that idle connections say falls due within the same second or so. Of thousands a loopback's backlog
+/// would drop some, and what others say with them.
+#[test]
+fn idle_connections_say_nothing_to_their_apps() {
+    const MANY: usize = 200;
+    let pair = Pair::new(Way::Mesh).unwrap();
+    let idle = open_idle(&pair.client, &pair.server, MANY as u64);
+    let packets = |pod: &Pod| -> usize {
+        let table = pod.enter(|| fs::read_to_string("/proc/thread-self/net/dev"));
+        let table = table.unwrap();
+        let loopback = table
+            .lines()
+            .find_map(|line| line.trim().strip_prefix("lo:"));
+        let received = loopback.unwrap().split_ascii_whitespace().nth(1);
+        received.unwrap().parse().unwrap()
+    };
+    let both = || [&pair.client, &pair.server].map(|pod| packets(pod));
+    let before = both();
+    thread::sleep(SILENCE);
+    for (before, after) in before.into_iter().zip(both()) {
+        assert!(after < before + MANY / 4, "{before} packets, then {after}");
+    }
+    drop(idle);
+    pair.nothing_is_held().unwrap();
+}
+
+/// Each client's connections to its server: less than the ports that the client has, and than a pod's
+/// `maxConnections`.
+const EACH_PAIR: u64 = 16_667;
+const CROWD: u64 = 100_000;
+
+/// What both agents may have for them, in bytes of RSS: 400 MiB, of which both at rest have a tenth.
+const CROWD_TAKES: u64 = 360 << 20;
+const BOTH_AT_REST: u64 = 40 << 20;
+
+#[test]
+#[ignore = "long: 100,000 connections, or as many as this process may have descriptors for"]
+fn a_hundred_thousand_idle_connections_take_400_mib_of_both_agents() {
+    let allowed = allow_descriptors(2 * CROWD + 10_000).unwrap();
+    let number = CROWD.min(allowed.saturating_sub(1000) / 2);
+    let mut bed = Testbed::new("crowd").unwrap();
+    let nodes = ["a", "b"].map(|name| bed.node(name).unwrap());
+    let pods: Vec<_> = (0..number.div_ceil(EACH_PAIR))
+        .map(|at| {
+            [0, 1].map(|end| {
+                let pod = PodSpec::new(format!("pod-{at}-{end}"));
+                bed.pod(&nodes[end], pod).unwrap()
+            })
+        })
+        .collect();
+    bed.start_agents().unwrap();
+    let idle: Vec<_> = thread::scope(|scope| {
+        let opening = pods.iter().zip(0..).map(|([client, server], at)| {
+            let each = EACH_PAIR.min(number - at * EACH_PAIR);
+            scope.spawn(move || open_idle(client, server, each))
+        });
+        let opening: Vec<_> = opening.collect();
+        opening.into_iter().map(|all| all.join().unwrap()).collect()
+    });
+    println!("{number} connections");
+    let allowed = BOTH_AT_REST + CROWD_TAKES * number / CROWD;
+    let memory = || -> usize {
+        let each = nodes
+            .each_ref()
+            .map(|node| bed.agent(node).resident_memory());
+        each.into_iter().map(Result::unwrap).sum()
+    };
+    // What their opening took is given back within 10 s.
+    let small = eventually("idle connections to be small", 3 * PATIENCE, || {
+        (memory() as u64) < allowed
+    });
+    println!("{} KiB, {allowed} bytes are allowed", memory() >> 10);
+    small.unwrap();
+    // The first ones still speak.
+    for (client, server) in idle.iter().flatten().step_by(1000) {
+        (&mut &*client).write_all(b"x").unwrap();
+        (&mut &*server).read_exact(&mut [0]).unwrap();
+    }
+}
+
+/// Opens connections that have said a byte each way and then nothing.
+fn open_idle(client: &Pod, server: &Pod, number: u64) -> Vec<(TcpStream, TcpStream)> {
+    let listener = listen(server, 0).unwrap();
+    let to = (server.v4(), listener.local_addr().unwrap().port());
+    let one = |_| {
+        let (mut ours, mut byte) = (client.connect(to).unwrap(), [7]);
+        let mut theirs = accept(&listener).unwrap();
+        ours.write_all(&byte).unwrap();
+        theirs.read_exact(&mut byte).unwrap();
+        theirs.write_all(&byte).unwrap();
+        ours.read_exact(&mut byte).unwrap();
+        (ours, theirs)
+    };
+    (0..number).map(one).collect()
 }

@@ -19,7 +19,7 @@ use super::{
     Pod,
     cgroup::CgroupId,
     diag::Held,
-    listeners::{over_loopback, relay_options, set_option},
+    listeners::{Leg, relay_options, set_option},
 };
 use crate::{
     ledger::{Accounted, Kind},
@@ -167,7 +167,8 @@ pub struct Opening {
 impl Opening {
     /// [`to_network`] up to its SYN.
     pub fn begin(pod: &Pod, destination: SocketAddr) -> Result<Self, DialError> {
-        let socket = pod.netns.enter(&pod.home, || new_socket(destination))??;
+        let socket = || new_socket(destination, Leg::Network);
+        let socket = pod.netns.enter(&pod.home, socket)??;
         let socket = Accounted::new(socket, pod.id, Kind::Connecting);
         Ok(Self::of(socket, destination)?)
     }
@@ -317,10 +318,10 @@ async fn from_own_address(
     destination: SocketAddr,
     limit: Duration,
 ) -> Result<Dialled, DialError> {
-    let socket = pod.netns.enter(&pod.home, || new_socket(destination))??;
+    let socket = || new_socket(destination, Leg::App);
+    let socket = pod.netns.enter(&pod.home, socket)??;
     let socket = Accounted::new(socket, pod.id, Kind::Connecting);
     pod.dial_tag.put_on(&socket);
-    over_loopback(&SockRef::from(&*socket));
     let stream = Opening::of(socket, destination)?.open(limit).await?;
     Ok(Dialled {
         stream,
@@ -474,21 +475,20 @@ fn first(socket: &SockRef<'_>, said: &[u8], is_last: bool) -> io::Result<usize> 
 
 /// A socket that may be bound to an address which isn't the pod's.
 fn transparent_socket(destination: SocketAddr) -> io::Result<Socket> {
-    let socket = new_socket(destination)?;
+    let socket = new_socket(destination, Leg::App)?;
     let (level, option) = match destination {
         SocketAddr::V4(_) => (libc::SOL_IP, libc::IP_TRANSPARENT),
         SocketAddr::V6(_) => (libc::SOL_IPV6, libc::IPV6_TRANSPARENT),
     };
     set_option(&socket, level, option, 1)?;
     socket.set_reuse_address(true)?;
-    over_loopback(&SockRef::from(&socket));
     Ok(socket)
 }
 
-fn new_socket(destination: SocketAddr) -> io::Result<Socket> {
+fn new_socket(destination: SocketAddr, leg: Leg) -> io::Result<Socket> {
     let domain = Domain::for_address(destination);
     let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
-    relay_options(&socket)?;
+    relay_options(&socket, leg)?;
     Ok(socket)
 }
 

@@ -4,12 +4,12 @@ use std::{
     fs, io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     ops::RangeInclusive,
-    os::fd::AsRawFd,
+    os::fd::{AsFd, AsRawFd},
     time::Duration,
 };
 
 use nix::sys::socket::{getsockopt, sockopt};
-use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::{
     ledger::{Accounted, Kind},
@@ -19,11 +19,18 @@ use crate::{
 /// Connections that wait for `accept`, bounded by the netns's `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
 
-/// Keepalive of every leg: a peer that is gone is noticed within 40 s. No user time-out, which would
-/// cut a live peer that merely doesn't read: the kernel counts answered window probes as well.
-const KEEPALIVE_TIME: Duration = Duration::from_secs(10);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-const KEEPALIVE_RETRIES: u32 = 3;
+/// Keepalive: a peer that is gone is noticed within 40 s. No user time-out, which would cut a live peer
+/// that merely doesn't read: the kernel counts answered window probes as well.
+const KEEPALIVE_SECONDS: i32 = 10;
+const KEEPALIVE_RETRIES: i32 = 3;
+
+/// What is at the other end of a relayed connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leg {
+    /// An app of this kernel, over the pod's loopback.
+    App,
+    Network,
+}
 
 /// The listeners of one pod for one worker.
 #[derive(Debug)]
@@ -148,13 +155,9 @@ pub fn bind(workers: u16, free: [u16; 3]) -> io::Result<(ListenerPorts, Vec<PodL
 pub fn bind_to(workers: u16, ports: ListenerPorts) -> io::Result<Vec<PodListeners>> {
     let set = |_| {
         Ok(PodListeners {
-            outbound: {
-                let listener = listener(ports.outbound)?;
-                over_loopback(&SockRef::from(&*listener));
-                listener
-            },
-            inbound: listener(ports.inbound)?,
-            mesh: listener(ports.mesh)?,
+            outbound: listener(ports.outbound, Leg::App)?,
+            inbound: listener(ports.inbound, Leg::Network)?,
+            mesh: listener(ports.mesh, Leg::Network)?,
         })
     };
     (0..workers).map(set).collect()
@@ -165,7 +168,7 @@ pub fn bind_to(workers: u16, ports: ListenerPorts) -> io::Result<Vec<PodListener
 /// What it sets is inherited by the sockets that it accepts, so accepting one costs no further
 /// call: their end is a RST until an orderly close takes the linger off, so that the peers of a
 /// killed agent see a reset and not a clean end.
-fn listener(port: u16) -> io::Result<Accounted<TcpListener>> {
+fn listener(port: u16, leg: Leg) -> io::Result<Accounted<TcpListener>> {
     let (socket, address): (Socket, SocketAddr) =
         match Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)) {
             Ok(socket) => {
@@ -185,7 +188,7 @@ fn listener(port: u16) -> io::Result<Accounted<TcpListener>> {
     // One socket for each worker on the same port; the map chooses among them.
     socket.set_reuse_port(true)?;
     socket.set_nonblocking(true)?;
-    relay_options(&socket)?;
+    relay_options(&socket, leg)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     // The worker that it is for says which pod's it is.
@@ -194,23 +197,38 @@ fn listener(port: u16) -> io::Result<Accounted<TcpListener>> {
 
 /// What every relayed leg has: no delay, a peer's death noticed, and a reset as its end unless an
 /// orderly close takes that off.
-pub fn relay_options(socket: &Socket) -> io::Result<()> {
+///
+/// An app's death is told by its kernel, which is this one, but for one that has ended what it says
+/// ([`notice_forgotten`]): so as long as it hasn't, nobody asks. The kernel asks for all whose time falls
+/// in the same half second or two at once, and of thousands of idle connections a loopback's backlog
+/// (`net.core.netdev_max_backlog`, 1,000) would drop what is beyond it, others' packets with theirs.
+pub fn relay_options(socket: &Socket, leg: Leg) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
-    socket.set_tcp_keepalive(
-        &TcpKeepalive::new()
-            .with_time(KEEPALIVE_TIME)
-            .with_interval(KEEPALIVE_INTERVAL)
-            .with_retries(KEEPALIVE_RETRIES),
-    )?;
+    let keepalive = [
+        (libc::TCP_KEEPIDLE, KEEPALIVE_SECONDS),
+        (libc::TCP_KEEPINTVL, KEEPALIVE_SECONDS),
+        (libc::TCP_KEEPCNT, KEEPALIVE_RETRIES),
+    ];
+    for (option, value) in keepalive {
+        set_option(socket, libc::IPPROTO_TCP, option, value)?;
+    }
+    match leg {
+        Leg::Network => socket.set_keepalive(true)?,
+        // The plainest congestion control: there is no path to find out about, and BBR, where it is the
+        // node's choice, would pace what is sent by a timer. Every kernel has it (net/ipv4/tcp_cong.c),
+        // and without it the leg works as well.
+        Leg::App => {
+            let _ = socket.set_tcp_congestion(b"reno");
+        }
+    }
     socket.set_linger(Some(Duration::ZERO))
 }
 
-/// What a leg between an app and the agent has, which is inherited too: the plainest congestion control.
-/// There is no path to find out about, and BBR, where it is the node's choice, would pace what is sent
-/// by a timer.
-pub fn over_loopback(socket: &SockRef<'_>) {
-    // Every kernel has it (net/ipv4/tcp_cong.c); without it the leg works as well.
-    let _ = socket.set_tcp_congestion(b"reno");
+/// For a leg to an app that has ended what it says: its kernel forgets a socket that it has closed
+/// (`net.ipv4.tcp_fin_timeout`), and tells of that only who asks.
+pub fn notice_forgotten(leg: &impl AsFd) {
+    // Fails only for a socket that is gone already.
+    let _ = SockRef::from(leg).set_keepalive(true);
 }
 
 /// Sets an integer option that socket2 has no method for.

@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read, Write},
-    net::{Shutdown, SocketAddr, TcpStream},
+    net::{Shutdown, SocketAddr},
     panic::resume_unwind,
     sync::{
         Arc,
@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use malla_testbed::{
-    EchoApp, Node, Pod, PodSpec, Testbed,
+    EchoApp, Node, Pod, PodSpec, Polled, Testbed,
     payload::{Payload, receive_all, send},
 };
 
@@ -45,22 +45,27 @@ pub(super) struct Traffic {
 }
 
 impl Traffic {
-    /// Makes the pods: a pair across the nodes, and one on one node. The agents are yet to be
-    /// started.
+    /// Makes the pods: a pair across the nodes, one on one node, and an accelerated one. The agents
+    /// are yet to be started.
     pub(super) fn new(bed: &mut Testbed, nodes: &[Arc<Node>; 2]) -> Result<Self> {
         let [a, b] = nodes;
-        let mut pair = |name: &str, on: &Arc<Node>| -> Result<Pair> {
-            let spec = |end: &str| PodSpec::new(format!("{name}-{end}"));
+        let mut pair = |name: &str, on: &Arc<Node>, accelerate: &str| -> Result<Pair> {
+            let settings = format!("accelerate: {accelerate}");
+            let spec = |end: &str| PodSpec::new(format!("{name}-{end}")).settings(&settings);
             let client = bed.pod(a, spec("client"))?;
             let server = bed.pod(on, spec("server").port(PORT))?;
-            let app = server.echo(PORT)?;
+            let app = server.polled_echo(PORT)?;
             Ok(Pair {
                 client,
                 server,
                 _app: app,
             })
         };
-        let pairs = vec![pair("far", b)?, pair("beside", a)?];
+        let pairs = vec![
+            pair("far", b, "auto")?,
+            pair("beside", a, "auto")?,
+            pair("swift", b, "full")?,
+        ];
         Ok(Self {
             pairs,
             done: AtomicBool::new(false),
@@ -110,7 +115,7 @@ impl Traffic {
         &self,
         pair: &Pair,
         seed: u64,
-        work: fn(&Self, &TcpStream, u64) -> Result<()>,
+        work: fn(&Self, &Polled, u64) -> Result<()>,
     ) -> Result<()> {
         for turn in seed.. {
             if self.done.load(Ordering::Relaxed) {
@@ -121,6 +126,7 @@ impl Traffic {
             let to = SocketAddr::new(addresses[address], PORT);
             let stream = pair.client.caller().connect(to);
             let spoken = stream
+                .and_then(Polled::new)
                 .context("connecting")
                 .and_then(|stream| work(self, &stream, turn));
             if let Err(error) = spoken {
@@ -136,7 +142,7 @@ impl Traffic {
     }
 
     /// Messages of many lengths, each of which comes back before the next one is sent.
-    fn talk(&self, mut stream: &TcpStream, seed: u64) -> Result<()> {
+    fn talk(&self, mut stream: &Polled, seed: u64) -> Result<()> {
         let mut payload = Payload::new(seed);
         for message in 0..MESSAGES {
             // Lengths that repeat late, from a byte on.
@@ -152,17 +158,17 @@ impl Traffic {
             self.bytes.fetch_add(length as u64, Ordering::Relaxed);
             thread::sleep(BETWEEN);
         }
-        stream.shutdown(Shutdown::Write)?;
+        stream.0.shutdown(Shutdown::Write)?;
         ensure!(stream.read(&mut [0])? == 0, "bytes in place of the end");
         Ok(())
     }
 
     /// Bytes without a pause both ways at once.
-    fn bulk(&self, stream: &TcpStream, seed: u64) -> Result<()> {
+    fn bulk(&self, stream: &Polled, seed: u64) -> Result<()> {
         thread::scope(|scope| {
             let sending = scope.spawn(move || {
                 send(stream, seed, BULK)?;
-                Ok(stream.shutdown(Shutdown::Write)?)
+                Ok(stream.0.shutdown(Shutdown::Write)?)
             });
             let received = receive_all(stream, seed, BULK);
             let sent: Result<()> = sending.join().unwrap_or_else(|panic| resume_unwind(panic));

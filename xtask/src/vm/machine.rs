@@ -84,7 +84,7 @@ impl Machine<'_> {
                 qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"])
             }
         };
-        qemu.args(["-M", "q35", "-smp", "2", "-m", "3072"])
+        qemu.args(["-M", "q35", "-smp", "2", "-m", "4096"])
             .args([
                 "-nodefaults",
                 "-no-user-config",

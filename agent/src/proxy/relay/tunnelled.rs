@@ -24,7 +24,7 @@ use crate::{
         record::Record,
         writer::Writer,
     },
-    steer::end_orderly,
+    steer::{end_orderly, notice_forgotten},
 };
 
 /// A connection between a socket, which is one `side` of it, and a stream. Ready when both directions
@@ -264,6 +264,9 @@ impl<'a> Tunnelled<'a> {
 
     /// Reads no more of the socket, for what the stream has no room for or since there is no more.
     fn wait(&mut self, stalls: Option<Read>) {
+        if self.said_all && self.receiving != Receiving::Ended {
+            notice_forgotten(self.writer.socket());
+        }
         let reset = Box::pin(reset_of(self.writer.socket(), self.side));
         self.sending = Sending::Waits(Box::new(Waiting { stalls, reset }));
     }

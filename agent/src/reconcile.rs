@@ -5,6 +5,8 @@
 //! netns), so it asks pods in turn for a bounded time, and looks take at most one fiftieth of one
 //! processor: the more there is to look at, the rarer. Where something is about to be told of, all
 //! pods are asked at once, to say whose it is.
+//!
+//! A look also sees legs whose app has gone without a word, and has the kernel ask for it.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -22,7 +24,7 @@ use crate::{
         KernelAccount, Kind, Persistence, PodSockets,
     },
     model::WorkloadId,
-    steer::{Pod, ends_of, sockets_of},
+    steer::{Pod, ends_of, notice_gone, sockets_of},
     telemetry::Metrics,
 };
 
@@ -67,6 +69,8 @@ struct Seen {
     kernel: HashMap<u32, KernelAccount>,
     persistence: Persistence,
     alarms: Alarms,
+    /// Inodes of the legs that stood alone at the last look.
+    alone: HashSet<u32>,
 }
 
 impl Reconciler {
@@ -80,6 +84,7 @@ impl Reconciler {
             kernel: HashMap::new(),
             persistence: Persistence::default(),
             alarms: Alarms::default(),
+            alone: HashSet::new(),
         };
         let mut descriptors = Descriptors::default();
         let shared = Shared {
@@ -196,6 +201,12 @@ impl Shared {
         let asked = account.pods.iter();
         let asked = asked.filter_map(|(pod, account)| Some((*pod, account.kernel?)));
         seen.kernel.extend(asked);
+        for (descriptor, inode) in &account.alone {
+            if !seen.alone.contains(inode) {
+                notice_gone(*descriptor, *inode);
+            }
+        }
+        seen.alone = account.alone.iter().map(|(_, inode)| *inode).collect();
         self.export(served, account, &seen.kernel);
         let stay = seen
             .persistence

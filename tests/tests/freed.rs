@@ -12,7 +12,7 @@ use std::{
 
 use malla_testbed::{
     Agent, EchoApp, Fate, PORT, Pair, Pod, PodSpec, Process, Testbed, Way, accept,
-    allow_many_descriptors, eventually, listen, say,
+    allow_many_descriptors, eventually, listen, say, set_option,
 };
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -231,4 +231,32 @@ fn connections_that_only_the_server_closes_are_freed() {
 fn a_thousand_connections_that_one_side_alone_closes_are_freed() {
     are_freed_after(1_000, close_clients);
     are_freed_after(1_000, close_servers);
+}
+
+/// As when the reset of a killed app is lost on a loopback whose backlog is full.
+#[test]
+fn a_connection_whose_app_vanishes_without_a_word_is_freed() {
+    let mut all = connected_on_each_way(20);
+    let began = Instant::now();
+    for connected in &mut all {
+        let vanished = match connected.pair.way {
+            Way::FromUnmeshed => &mut connected.servers,
+            _ => &mut connected.clients,
+        };
+        for socket in mem::take(vanished) {
+            // One that is closed in this state says nothing.
+            let repair = (libc::IPPROTO_TCP, libc::TCP_REPAIR);
+            set_option(&socket, repair, &1_i32.to_ne_bytes()).unwrap();
+        }
+    }
+    all_are_freed(began, FORGOTTEN, &all);
+    for Connected {
+        clients, servers, ..
+    } in &mut all
+    {
+        for mut left in clients.drain(..).chain(servers.drain(..)) {
+            let error = left.read(&mut [0]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+        }
+    }
 }

@@ -416,7 +416,7 @@ fn what_a_peer_takes_little_by_little_keeps_a_connection_alive() {
     let world = World::new("peer-trickle");
     world
         .bed
-        .change_settings(&world.server, "mtls: strict\nidleTimeout: 1s")
+        .change_settings(&world.server, "mtls: strict\nidleTimeout: 3s")
         .unwrap();
     let app = world.app(1, |mut stream| {
         let mut first = [0; 1];
@@ -427,7 +427,7 @@ fn what_a_peer_takes_little_by_little_keeps_a_connection_alive() {
     });
     // A chunk of the agent's takes longer than the time-out.
     let steps = "connect 1 APP\nhold 1\nsend 1 s\nstatus 1\nsettle 1\n\
-                 trickle 1 2000 12 300\nrelease 1\nend 1\nfinish 1\n";
+                 trickle 1 2000 12 500\nrelease 1\nend 1\nfinish 1\n";
     let said = world.talk(steps);
     assert!(said[1].starts_with("1 open 65535 "), "{said:?}");
     assert!(said[2].starts_with("1 end 1048576 "), "{said:?}");

@@ -13,6 +13,8 @@ use super::{Descriptor, Kind, Line, Target};
 pub struct KernelSocket {
     pub inode: u32,
     pub listens: bool,
+    /// The same number at both ends of a connection within one netns, and at no other.
+    pub pair: u64,
 }
 
 /// A connection's local and remote address.
@@ -32,6 +34,8 @@ pub struct Account {
     /// Descriptors from the agent's start that are still open, by their kernel's kind.
     pub from_start: BTreeMap<String, usize>,
     pub differences: Vec<Difference>,
+    /// Legs to apps, by descriptor and inode, whose other end no process of the pod's netns holds.
+    pub alone: Vec<(RawFd, u32)>,
 }
 
 /// One pod's sockets.
@@ -164,8 +168,13 @@ pub fn compare(
     for (number, asked) in pods {
         let pod = account.pods.entry(*number).or_default();
         let Some(asked) = asked else { continue };
-        let own = asked.iter().filter(|s| own.binary_search(&s.inode).is_ok());
-        pod.kernel = Some(kernel_account(*number, own, lines, descriptors));
+        let is_own = |socket: &&KernelSocket| own.binary_search(&socket.inode).is_ok();
+        let sockets = asked.iter().filter(is_own).copied().collect();
+        let others = asked.iter().filter(|socket| !is_own(socket));
+        let others = others.map(|socket| socket.pair).collect();
+        let (kernel, alone) = kernel_account(*number, sockets, others, lines, descriptors);
+        pod.kernel = Some(kernel);
+        account.alone.extend(alone);
     }
     account
 }
@@ -210,27 +219,43 @@ fn differences_of(unaccounted: &[&Descriptor], pods: &PodSockets) -> Vec<Differe
     unaccounted.iter().map(difference).collect()
 }
 
-/// What the kernel has for a pod: the process's `own` sockets in its netns.
-fn kernel_account<'a>(
+/// What the kernel has for a pod: the process's `own` sockets in its netns, and those of its legs to apps
+/// that no socket of `others`, by their pairs, is the other end of.
+fn kernel_account(
     pod: u32,
-    own: impl Iterator<Item = &'a KernelSocket>,
+    mut own: Vec<KernelSocket>,
+    mut others: Vec<u64>,
     lines: &[Line],
     descriptors: &[Descriptor],
-) -> KernelAccount {
-    let mut listed: Vec<KernelSocket> = own.copied().collect();
+) -> (KernelAccount, Vec<(RawFd, u32)>) {
     // The kernel may list one twice while others come and go.
-    listed.sort_unstable_by_key(|socket| socket.inode);
-    listed.dedup_by_key(|socket| socket.inode);
-    let listeners = listed.iter().filter(|socket| socket.listens).count();
-    let of_pod = |line: &&Line| line.pod == pod && line.kind.is_connection();
-    let entered = lines.iter().filter(of_pod);
-    let sockets = entered.filter_map(|line| inode(target(descriptors, line.descriptor)?));
-    let is_listed = |inode: &u32| listed.binary_search_by_key(inode, |socket| socket.inode);
-    KernelAccount {
-        listeners,
-        connections: listed.len() - listeners,
-        closed: sockets.filter(|inode| is_listed(inode).is_err()).count(),
+    own.sort_unstable_by_key(|socket| socket.inode);
+    own.dedup_by_key(|socket| socket.inode);
+    others.sort_unstable();
+    let listeners = own.iter().filter(|socket| socket.listens).count();
+    let (mut closed, mut alone) = (0, Vec::new());
+    for line in lines {
+        if line.pod != pod || !line.kind.is_connection() {
+            continue;
+        }
+        let Some(inode) = target(descriptors, line.descriptor).and_then(inode) else {
+            continue;
+        };
+        let Ok(place) = own.binary_search_by_key(&inode, |socket| socket.inode) else {
+            closed += 1;
+            continue;
+        };
+        let is_to_app = matches!(line.kind, Kind::AppOutbound | Kind::AppInbound);
+        if is_to_app && others.binary_search(&own[place].pair).is_err() {
+            alone.push((line.descriptor, inode));
+        }
     }
+    let account = KernelAccount {
+        listeners,
+        connections: own.len() - listeners,
+        closed,
+    };
+    (account, alone)
 }
 
 fn inode(target: &Target) -> Option<u32> {

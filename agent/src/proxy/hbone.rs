@@ -25,7 +25,7 @@ pub(super) const MAX_HEADERS: u32 = 64 * 1024;
 pub(super) const MAX_SEND_BUFFER: usize = 256 * 1024;
 /// Streams that a peer may have open in one tunnel. ztunnel's number.
 pub(super) const MAX_STREAMS: u32 = 200;
-/// Refused streams that are remembered for a second: data may be on its way to each, and where one isn't
+/// Refused and reset streams that are remembered for a second: data may be on its way to each, and where one isn't
 /// known any more h2 takes that for a fault, of which it counts no more than 1,024.
 pub(super) const MAX_RESET_STREAMS: usize = 1024;
 /// Streams that this agent opens in one tunnel whose peer takes as many: half of the memory that a tunnel

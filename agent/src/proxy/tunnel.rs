@@ -308,6 +308,7 @@ pub(super) async fn open(
             .max_frame_size(hbone::MAX_FRAME)
             .max_header_list_size(hbone::MAX_HEADERS)
             .max_send_buffer_size(hbone::MAX_SEND_BUFFER)
+            .max_concurrent_reset_streams(hbone::MAX_RESET_STREAMS)
             .initial_max_send_streams(hbone::FIRST_STREAMS)
             .handshake::<_, Bytes>(stream)
             .await

@@ -5,9 +5,11 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    hash::{BuildHasher, RandomState},
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::OwnedFd,
+    sync::LazyLock,
 };
 
 use super::{
@@ -70,8 +72,19 @@ fn request() -> [u8; HEADER + REQUEST] {
 /// None for a socket that no process holds any more.
 fn socket(message: &Described) -> Option<KernelSocket> {
     let inode = u32::from_ne_bytes(*message.last_chunk()?);
-    let listens = message[1] == TCP_LISTEN;
-    (inode != 0).then_some(KernelSocket { inode, listens })
+    let (local, remote) = ends(message);
+    (inode != 0).then(|| KernelSocket {
+        inode,
+        listens: message[1] == TCP_LISTEN,
+        // A sum, which is the same at either end.
+        pair: number(local).wrapping_add(number(remote)),
+    })
+}
+
+/// A number for an address, which nobody outside can choose.
+fn number(address: SocketAddr) -> u64 {
+    static NUMBERS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+    NUMBERS.hash_one(address)
 }
 
 fn ends(message: &Described) -> Ends {
@@ -116,9 +129,13 @@ mod tests {
             let question = || diag::netlink().unwrap();
             let all = || -> Vec<KernelSocket> { ask(&question(), socket).unwrap() };
             let found = all();
-            let listens = |inode| found.iter().find(|s| s.inode == inode).unwrap().listens;
-            assert!(listens(inode(&listener)), "{address}");
-            assert!(!listens(inode(&client)) && !listens(inode(&accepted)));
+            let of = |inode| *found.iter().find(|s| s.inode == inode).unwrap();
+            let [listener, near, far] =
+                [inode(&listener), inode(&client), inode(&accepted)].map(of);
+            assert!(listener.listens, "{address}");
+            assert!(!near.listens && !far.listens);
+            assert_eq!(near.pair, far.pair);
+            assert_ne!(near.pair, listener.pair);
             let of = |described: &Described| Some((socket(described)?.inode, ends(described)));
             let ends: HashMap<u32, Ends> = ask(&question(), of).unwrap();
             assert_eq!(ends[&inode(&client)], (peer, server));

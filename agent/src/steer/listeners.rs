@@ -1,10 +1,14 @@
 //! The agent's listening sockets in a pod's netns.
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     ops::RangeInclusive,
-    os::fd::{AsFd, AsRawFd},
+    os::{
+        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
+        unix::fs::MetadataExt,
+    },
     time::Duration,
 };
 
@@ -199,7 +203,8 @@ fn listener(port: u16, leg: Leg) -> io::Result<Accounted<TcpListener>> {
 /// orderly close takes that off.
 ///
 /// An app's death is told by its kernel, which is this one, but for one that has ended what it says
-/// ([`notice_forgotten`]): so as long as it hasn't, nobody asks. The kernel asks for all whose time falls
+/// ([`notice_forgotten`]): so as long as it hasn't, nobody asks, unless no app has the other end any more
+/// ([`notice_gone`]). The kernel asks for all whose time falls
 /// in the same half second or two at once, and of thousands of idle connections a loopback's backlog
 /// (`net.core.netdev_max_backlog`, 1,000) would drop what is beyond it, others' packets with theirs.
 pub fn relay_options(socket: &Socket, leg: Leg) -> io::Result<()> {
@@ -229,6 +234,22 @@ pub fn relay_options(socket: &Socket, leg: Leg) -> io::Result<()> {
 pub fn notice_forgotten(leg: &impl AsFd) {
     // Fails only for a socket that is gone already.
     let _ = SockRef::from(leg).set_keepalive(true);
+}
+
+/// The same for a leg that stands alone, by its descriptor and inode: what its app's kernel has told is lost,
+/// or the app is beyond another netns or a virtual machine. Whatever else has the descriptor by now is
+/// left as it is.
+pub fn notice_gone(descriptor: RawFd, inode: u32) {
+    // SAFETY: a call without memory. Where nothing is open under the number, it fails.
+    let copy = unsafe { libc::fcntl(descriptor, libc::F_DUPFD_CLOEXEC, 0) };
+    if copy < 0 {
+        return;
+    }
+    // SAFETY: the call has just made it, for nobody else.
+    let copy = File::from(unsafe { OwnedFd::from_raw_fd(copy) });
+    if copy.metadata().is_ok_and(|is| is.ino() == u64::from(inode)) {
+        notice_forgotten(&copy);
+    }
 }
 
 /// Sets an integer option that socket2 has no method for.

@@ -52,7 +52,7 @@ pub use dial::{DialError, Opening, OwnDial, ToApp, end_orderly, to_app, to_netwo
 pub use enrol::EnrolError;
 pub use enrolment::{Degradation, Enrolment};
 pub use events::{Event, EventReceiver};
-pub use listeners::{PodListeners, notice_forgotten};
+pub use listeners::{PodListeners, notice_forgotten, notice_gone};
 pub use netns::Netns;
 pub use pod::Pod;
 pub use programs::ProgramsError;

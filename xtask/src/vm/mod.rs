@@ -38,6 +38,9 @@ pub(crate) struct Options {
     /// Never use KVM
     #[arg(long)]
     emulate: bool,
+    /// With `test TEXT`, run what is too long for each change as well
+    #[arg(long)]
+    long: bool,
     /// `test` for the tests that fit, `test TEXT` for all tests whose file or name contains it; or
     /// any command
     #[arg(required = true, last = true, value_name = "COMMAND")]
@@ -49,8 +52,8 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     prepare()?;
     let words: Vec<&str> = options.command.iter().map(String::as_str).collect();
     let script = match words[..] {
-        ["test"] => suite::script(None)?,
-        ["test", text] => suite::script(Some(text))?,
+        ["test"] => suite::script(None, false)?,
+        ["test", text] => suite::script(Some(text), options.long)?,
         _ => Script::command(&options.command),
     };
     let ended = boot(&options.kernel, &script, options.limit, options.emulate)?;
@@ -64,7 +67,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 pub(crate) fn test(line: &str) -> Result<(usize, usize)> {
     prepare()?;
     let line: Line = line.parse().map_err(anyhow::Error::msg)?;
-    let ended = boot(&line, &suite::script(None)?, LIMIT, false)?;
+    let ended = boot(&line, &suite::script(None, false)?, LIMIT, false)?;
     ensure!(
         (ended.code == 0) == (ended.failed == 0),
         "{} tests failed, but the exit code is {}",

@@ -24,8 +24,8 @@ const CHOSEN: &[(&str, &[&str])] = &[(
 )];
 
 /// Builds the tests, and says how to run those that are chosen, or all whose file or name contains
-/// `text`.
-pub(super) fn script(text: Option<&str>) -> Result<Script> {
+/// `text`, with those marked as ignored where `long` ones are to run.
+pub(super) fn script(text: Option<&str>, long: bool) -> Result<Script> {
     packages::ensure(packages::FOR_TESTS, "testing")?;
     ebpf::build()?;
     let agent = agent()?.display().to_string();
@@ -50,6 +50,7 @@ pub(super) fn script(text: Option<&str>) -> Result<Script> {
             "--nocapture",
             "--exact",
         ];
+        words.extend(long.then_some("--include-ignored"));
         words.extend(tests.iter().map(String::as_str));
         let command = shell::quote(&words);
         body.push_str(&format!("echo '== {file}'\n{command} || code=1\n"));

@@ -15,7 +15,12 @@ fn socket(number: RawFd, inode: u32) -> Descriptor {
 }
 
 fn in_kernel(inode: u32, listens: bool) -> KernelSocket {
-    KernelSocket { inode, listens }
+    let pair = inode.into();
+    KernelSocket {
+        inode,
+        listens,
+        pair,
+    }
 }
 
 fn told(account: &Account) -> Vec<(&str, &str, Option<u32>, RawFd)> {
@@ -118,4 +123,27 @@ fn a_socket_that_is_over_for_the_kernel_and_still_open_counts_as_closed() {
     assert_eq!(told(&account), []);
     let kernel = account.pods[&1].kernel.unwrap();
     assert_eq!((kernel.connections, kernel.closed), (1, 1));
+}
+
+#[test]
+fn legs_to_apps_whose_other_end_nobody_holds_are_alone() {
+    let end = |inode, pair| KernelSocket {
+        pair,
+        ..in_kernel(inode, false)
+    };
+    let sockets = [end(100, 1), end(900, 1), end(101, 2), end(102, 3)];
+    let pods = PodSockets::from([(1, Some(sockets.to_vec())), (2, None)]);
+    let lines = [
+        line(3, 1, Kind::AppOutbound),
+        line(4, 1, Kind::AppInbound),
+        line(5, 1, Kind::TunnelOutbound),
+        // Of a pod that wasn't asked, and one that is closed.
+        line(6, 2, Kind::AppInbound),
+        line(7, 1, Kind::AppInbound),
+    ];
+    let open = [(3, 100), (4, 101), (5, 102), (6, 103), (7, 104)];
+    let open = open.map(|(number, inode)| socket(number, inode));
+    let account = compare(&lines, &open, &HashSet::new(), &pods);
+    assert_eq!(account.alone, [(4, 101)]);
+    assert_eq!(account.pods[&1].kernel.unwrap().closed, 1);
 }

@@ -11,8 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
-use malla_testbed::{Churn, Churners, Node, Testbed, until};
+use anyhow::{Context, Result, ensure};
+use malla_testbed::{Churn, Churners, Node, Testbed, kernel, until};
 use serde_json::{Value, json};
 
 use crate::{interrupt, packages, prepare};
@@ -50,6 +50,12 @@ pub(crate) fn soak(time: Duration) -> Result<()> {
     let churners = Churners::new(&mut bed, &nodes)?;
     let traffic = Traffic::new(&mut bed, &nodes)?;
     bed.start_agents()?;
+    let accelerates = kernel::release() >= kernel::ACCELERATES;
+    if accelerates {
+        for node in &nodes {
+            bed.agent(node).wait_for_acceleration("full")?;
+        }
+    }
     interrupt::check()?;
 
     let mut before = Vec::new();
@@ -60,6 +66,13 @@ pub(crate) fn soak(time: Duration) -> Result<()> {
     let churn = Churn::new(&churners, number)?.at_most(CHURN);
     go_on(&mut bed, &nodes, &churn, &traffic)?;
     interrupt::check()?;
+    if accelerates {
+        for node in &nodes {
+            let redirected = bed.agent(node).directions("redirected")?;
+            let name = node.name();
+            ensure!(redirected > 0, "nothing was redirected on node {name}");
+        }
+    }
 
     for (node, before) in nodes.iter().zip(before) {
         let (name, ended) = (node.name(), Instant::now());

@@ -223,7 +223,7 @@ fn reconnect(pair: &Pair, mut to: SocketAddr) {
 #[test]
 fn a_tunnel_has_as_many_streams_as_its_peer_has_said_that_it_takes() {
     // 100 before it has said so, which the first answer tells.
-    for (connections, expected) in [(200, 1.0), (201, 2.0)] {
+    for (connections, expected) in [(256, 1.0), (257, 2.0)] {
         let bed = Testbed::new("streams").unwrap();
         let bed = bed.with_agent_arguments(["--workers", "1"]);
         let (client, server) = (PodSpec::new("client"), PodSpec::new("server"));

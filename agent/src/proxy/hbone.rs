@@ -23,14 +23,14 @@ pub(super) const MAX_FRAME: u32 = 1024 * 1024;
 pub(super) const MAX_HEADERS: u32 = 64 * 1024;
 /// What waits in the agent for a stream to send, beyond what was read from its socket last.
 pub(super) const MAX_SEND_BUFFER: usize = 256 * 1024;
-/// Streams that a peer may have open in one tunnel. ztunnel's number.
-pub(super) const MAX_STREAMS: u32 = 200;
+/// Streams that a peer may have open in one tunnel: what a tunnel costs in memory is shared by as many, and
+/// h2's table of them, which doubles, is full then. ztunnel takes 200.
+pub(super) const MAX_STREAMS: u32 = 256;
 /// Refused and reset streams that are remembered for a second: data may be on its way to each, and where one isn't
 /// known any more h2 takes that for a fault, of which it counts no more than 1,024.
 pub(super) const MAX_RESET_STREAMS: usize = 1024;
-/// Streams that this agent opens in one tunnel whose peer takes as many: half of the memory that a tunnel
-/// costs, shared by twice as many as ztunnel opens.
-pub(super) const MAX_OWN_STREAMS: usize = 200;
+/// Streams that this agent opens in one tunnel whose peer takes as many.
+pub(super) const MAX_OWN_STREAMS: usize = MAX_STREAMS as usize;
 /// Streams that this agent opens before a peer has said how many it takes (RFC 9113 §6.5.2 recommends that
 /// a peer takes no fewer).
 pub(super) const FIRST_STREAMS: usize = 100;

@@ -264,7 +264,11 @@ impl<'a> Tunnelled<'a> {
 
     /// Reads no more of the socket, for what the stream has no room for or since there is no more.
     fn wait(&mut self, stalls: Option<Read>) {
-        if self.said_all && self.receiving != Receiving::Ended {
+        if stalls.is_none() && self.receiving == Receiving::Ended {
+            self.sending = Sending::Ended;
+            return;
+        }
+        if self.said_all {
             notice_forgotten(self.writer.socket());
         }
         let reset = Box::pin(reset_of(self.writer.socket(), self.side));

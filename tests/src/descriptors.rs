@@ -47,8 +47,7 @@ impl Agent {
 
 /// Lets this process have as many descriptors as it may: those of both ends of many connections.
 pub fn allow_many_descriptors() -> Result<()> {
-    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    Ok(setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?)
+    allow_descriptors(0).map(drop)
 }
 
 /// Lets this process, and what it starts, have `wanted` descriptors where it may raise its hard limit that

@@ -19,7 +19,7 @@ use super::{
     Pod,
     cgroup::CgroupId,
     diag::Held,
-    listeners::{Leg, relay_options, set_option},
+    legs::{Leg, relay_options, set_option},
 };
 use crate::{
     ledger::{Accounted, Kind},

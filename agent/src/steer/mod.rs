@@ -18,6 +18,7 @@ mod enrol;
 mod enrolment;
 mod events;
 mod inherited;
+mod legs;
 mod links;
 mod listener_map;
 mod listeners;
@@ -52,7 +53,8 @@ pub use dial::{DialError, Opening, OwnDial, ToApp, end_orderly, to_app, to_netwo
 pub use enrol::EnrolError;
 pub use enrolment::{Degradation, Enrolment};
 pub use events::{Event, EventReceiver};
-pub use listeners::{PodListeners, notice_forgotten, notice_gone};
+pub use legs::{notice_forgotten, notice_gone};
+pub use listeners::PodListeners;
 pub use netns::Netns;
 pub use pod::Pod;
 pub use programs::ProgramsError;

@@ -1,0 +1,99 @@
+//! The options of a relayed connection's sockets, by what is at their other end.
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
+        unix::fs::MetadataExt,
+    },
+    time::Duration,
+};
+
+use socket2::{SockRef, Socket};
+
+/// Keepalive: a peer that is gone is noticed within 40 s. No user time-out, which would cut a live peer
+/// that merely doesn't read: the kernel counts answered window probes as well.
+const KEEPALIVE_SECONDS: i32 = 10;
+const KEEPALIVE_RETRIES: i32 = 3;
+
+/// What is at the other end of a relayed connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leg {
+    /// An app of this kernel, over the pod's loopback.
+    App,
+    Network,
+}
+
+/// What every relayed leg has: no delay, a peer's death noticed, and a reset as its end unless an
+/// orderly close takes that off.
+///
+/// An app's death is told by its kernel, which is this one, but for one that has ended what it says
+/// ([`notice_forgotten`]): so as long as it hasn't, nobody asks, unless no app has the other end any more
+/// ([`notice_gone`]). The kernel asks for all whose time falls in the same half second or two at once, and
+/// of thousands of idle connections a loopback's backlog (`net.core.netdev_max_backlog`, 1,000) would drop
+/// what is beyond it, others' packets with theirs.
+pub fn relay_options(socket: &Socket, leg: Leg) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
+    let keepalive = [
+        (libc::TCP_KEEPIDLE, KEEPALIVE_SECONDS),
+        (libc::TCP_KEEPINTVL, KEEPALIVE_SECONDS),
+        (libc::TCP_KEEPCNT, KEEPALIVE_RETRIES),
+    ];
+    for (option, value) in keepalive {
+        set_option(socket, libc::IPPROTO_TCP, option, value)?;
+    }
+    match leg {
+        Leg::Network => socket.set_keepalive(true)?,
+        // The plainest congestion control: there is no path to find out about, and BBR, where it is the
+        // node's choice, would pace what is sent by a timer. Every kernel has it (net/ipv4/tcp_cong.c),
+        // and without it the leg works as well.
+        Leg::App => {
+            let _ = socket.set_tcp_congestion(b"reno");
+        }
+    }
+    socket.set_linger(Some(Duration::ZERO))
+}
+
+/// For a leg to an app that has ended what it says: its kernel forgets a socket that it has closed
+/// (`net.ipv4.tcp_fin_timeout`), and tells of that only who asks.
+pub fn notice_forgotten(leg: &impl AsFd) {
+    // Fails only for a socket that is gone already.
+    let _ = SockRef::from(leg).set_keepalive(true);
+}
+
+/// The same for a leg that stands alone, by its descriptor and inode: what its app's kernel has told is lost,
+/// or the app is beyond another netns or a virtual machine. Whatever else has the descriptor by now is
+/// left as it is.
+pub fn notice_gone(descriptor: RawFd, inode: u32) {
+    // SAFETY: a call without memory. Where nothing is open under the number, it fails.
+    let copy = unsafe { libc::fcntl(descriptor, libc::F_DUPFD_CLOEXEC, 0) };
+    if copy < 0 {
+        return;
+    }
+    // SAFETY: the call has just made it, for nobody else.
+    let copy = File::from(unsafe { OwnedFd::from_raw_fd(copy) });
+    if copy.metadata().is_ok_and(|is| is.ino() == u64::from(inode)) {
+        notice_forgotten(&copy);
+    }
+}
+
+/// Sets an integer option that socket2 has no method for.
+pub fn set_option(socket: &Socket, level: i32, name: i32, value: i32) -> io::Result<()> {
+    const LENGTH: libc::socklen_t = 4;
+    // SAFETY: the value lives across the call and has the length that is passed.
+    let answer = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            (&raw const value).cast(),
+            LENGTH,
+        )
+    };
+    if answer == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}

@@ -298,6 +298,15 @@ impl Testbed {
         replace_file(&self.mesh_path(), text)
     }
 
+    /// Takes a pod out of the mesh and leaves it running, until the mesh is written again.
+    pub fn withdraw(&self, pod: &Pod) -> Result<()> {
+        let text = self.mesh_yaml();
+        let entry = format!("- name: {}\n", pod.name());
+        let (head, tail) = text.split_once(&entry).context("the pod isn't there")?;
+        let tail = tail.replacen("mesh: enabled", "mesh: disabled", 1);
+        self.write_mesh_text(&format!("{head}{entry}{tail}"))
+    }
+
     /// Starts an agent on every node that has none, and waits until they are ready.
     pub fn start_agents(&mut self) -> Result<()> {
         self.write_mesh()?;

@@ -413,16 +413,6 @@ fn upgrades_cut_nothing_that_goes_through_memory() {
     }
 }
 
-/// Takes a pod out of the mesh, and leaves it running.
-fn withdraw(one: &OneNode, pod: &Pod) {
-    let text = one.bed.mesh_yaml();
-    let entry = format!("- name: {}\n", pod.name());
-    let (head, tail) = text.split_once(&entry).unwrap();
-    let tail = tail.replacen("mesh: enabled", "mesh: disabled", 1);
-    let text = format!("{head}{entry}{tail}");
-    one.bed.write_mesh_text(&text).unwrap();
-}
-
 #[test]
 fn what_lives_when_either_pod_leaves_the_mesh_goes_on_and_what_is_new_passes() {
     for client_leaves in [true, false] {
@@ -433,7 +423,7 @@ fn what_lives_when_either_pod_leaves_the_mesh_goes_on_and_what_is_new_passes() {
         } else {
             &one.server
         };
-        withdraw(&one, leaver);
+        one.bed.withdraw(leaver).unwrap();
         let said = format!("leaves the mesh\tworkload=default/{}", leaver.name());
         one.agent().process().wait_for_log(&said, LIMIT).unwrap();
         eventually("new connections to pass", LIMIT, || {
@@ -461,7 +451,7 @@ fn what_outlives_the_limit_of_either_pods_withdrawal_is_reset_and_withdrawn_at_b
         } else {
             &one.server
         };
-        withdraw(&one, leaver);
+        one.bed.withdraw(leaver).unwrap();
         for mut stream in live {
             let error = stream.read(&mut [0]).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::ConnectionReset);

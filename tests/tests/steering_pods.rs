@@ -100,11 +100,7 @@ fn a_pod_that_leaves_the_mesh_speaks_plaintext_and_no_program_stays() {
     let spec = PodSpec::new("leaver");
     let leaver = scene.bed.pod(&scene.a.clone(), spec).unwrap();
     wait_echoed(&leaver, (scene.server.v4(), PORT).into());
-    let text = scene.bed.mesh_yaml();
-    let entry = text.find("- name: leaver").unwrap();
-    let (head, tail) = text.split_at(entry);
-    let without = head.to_owned() + &tail.replacen("mesh: enabled", "mesh: disabled", 1);
-    scene.bed.write_mesh_text(&without).unwrap();
+    scene.bed.withdraw(&leaver).unwrap();
     eventually("the pod to speak for itself", LIMIT, || {
         let wire = scene.bed.capture_wire(&scene.a, &scene.b).unwrap();
         let fate = leaver

@@ -17,18 +17,6 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// Five times what it may take.
 const GONE: Duration = Duration::from_secs(5);
 
-/// Takes a pod out of the mesh, and leaves it running.
-fn withdraw(scene: &Scene, pod: &Pod) {
-    let text = scene.bed.mesh_yaml();
-    let entry = format!("- name: {}\n", pod.name());
-    let (head, tail) = text.split_once(&entry).unwrap();
-    let tail = tail.replacen("mesh: enabled", "mesh: disabled", 1);
-    scene
-        .bed
-        .write_mesh_text(&format!("{head}{entry}{tail}"))
-        .unwrap();
-}
-
 fn open(scene: &Scene) -> Vec<TcpStream> {
     let open = |to: &std::net::IpAddr| {
         let mut stream = scene.client.connect((*to, PORT)).unwrap();
@@ -59,7 +47,7 @@ fn what_lives_when_a_pod_leaves_goes_on_and_what_is_new_passes() {
         } else {
             (&scene.server, &scene.b)
         };
-        withdraw(&scene, leaver);
+        scene.bed.withdraw(leaver).unwrap();
         let capture = Capture::start(leaver.netns(), "eth0").unwrap();
         let direction = if client_leaves { "outbound" } else { "inbound" };
         // The other node may know first and dial plainly what this one still carries: plaintext in
@@ -92,7 +80,7 @@ fn what_outlives_the_limit_of_a_withdrawal_is_reset() {
         scene.bed.upgrade_agent(&node).unwrap();
     }
     let live = open(&scene);
-    withdraw(&scene, &scene.client);
+    scene.bed.withdraw(&scene.client).unwrap();
     for mut stream in live {
         stream.set_read_timeout(Some(LIMIT)).unwrap();
         let error = stream.read(&mut [0]).unwrap_err();
@@ -130,7 +118,7 @@ fn steering_goes_only_when_the_last_connection_was_reset() {
     scene.bed.upgrade_agent(&node).unwrap();
     let live: Vec<_> = (0..10).flat_map(|_| open(&scene)).collect();
     let _hog = starve_workers(&scene);
-    withdraw(&scene, &scene.client);
+    scene.bed.withdraw(&scene.client).unwrap();
     wait_plain(&scene.client);
     for mut stream in live {
         stream.set_nonblocking(true).unwrap();
@@ -144,7 +132,7 @@ fn a_pod_that_comes_back_during_its_withdrawal_keeps_its_connections() {
     let scene = Scene::new("", "").unwrap();
     let mut live = open(&scene);
     let agent = scene.bed.agent(&scene.a);
-    withdraw(&scene, &scene.client);
+    scene.bed.withdraw(&scene.client).unwrap();
     agent
         .process()
         .wait_for_log("leaves the mesh", LIMIT)

@@ -338,8 +338,18 @@ pub fn keep_plain(ctx: SockoptContext) -> i32 {
         return GO_ON as i32;
     }
     // SAFETY: as in `opened`.
-    let state = unsafe { storage(&raw const END_STATES, socket.cast(), 0) };
-    i32::from(state.is_null())
+    i32::from(unsafe { !is_accelerated(socket.cast()) })
+}
+
+/// Whether a socket was ever accelerated.
+///
+/// # Safety
+///
+/// `socket` must be a living socket as the verifier knows them.
+#[inline(always)]
+pub unsafe fn is_accelerated(socket: *mut c_void) -> bool {
+    // SAFETY: the caller's.
+    unsafe { !storage(&raw const END_STATES, socket, 0).is_null() }
 }
 
 /// Adds to a number that others add to at the same time. Rust has no such operation for a target

@@ -17,6 +17,7 @@ mod probes;
 mod refuse;
 mod requests;
 mod sockets;
+mod splice;
 
 /// bpf-linker demands one; the programs have no panicking path.
 #[cfg(not(test))]

@@ -11,6 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::{
     agent::Agent,
+    node::Node,
     pair::{PATIENCE, Pair, Way},
     spec::PodSpec,
     wait::eventually,
@@ -47,6 +48,16 @@ impl Pair {
             self.directions("redirected")
                 .is_ok_and(|directions| directions >= many)
         })
+    }
+}
+
+impl Node {
+    /// Whether its agent says that who splices from an accelerated socket is refused, and not left
+    /// without what is there.
+    pub fn refuses_splices(&self) -> Result<bool> {
+        let acceleration = &self.config()?["acceleration"];
+        let limits = acceleration["limits"].as_array().context("no limits")?;
+        Ok(limits.iter().all(|limit| limit != "splice"))
     }
 }
 

@@ -282,7 +282,7 @@ fn what_nginx_sends_by_sendfile_is_the_file() {
 }
 
 #[test]
-fn haproxy_that_does_not_splice_carries_bytes_between_accelerated_connections() {
+fn haproxy_carries_bytes_between_accelerated_connections_and_splices_where_it_may_try() {
     const BEHIND: u16 = PORT + 1;
     const LENGTH: usize = 4 * MIB;
     let mut bed = Testbed::new("haproxy").unwrap();
@@ -297,8 +297,13 @@ fn haproxy_that_does_not_splice_carries_bytes_between_accelerated_connections() 
         bed.agent(node).wait_for_acceleration("full").unwrap();
     }
     let file = bed.folder().join("haproxy.cfg");
+    // It reads where that is refused.
+    let splices = match b.refuses_splices().unwrap() {
+        true => "option splice-request\n  option splice-response",
+        false => "no option splice-auto",
+    };
     let configuration = format!(
-        "defaults\n  mode tcp\n  timeout connect 20s\n  timeout client 60s\n  timeout server 60s\n\
+        "defaults\n  mode tcp\n  {splices}\n  timeout connect 20s\n  timeout client 60s\n  timeout server 60s\n\
          listen app\n  bind :{PORT}\n  server app {}:{BEHIND}\n",
         server.v4()
     );

@@ -396,8 +396,12 @@ fn send_file(from: &File, to: &Polled, most: usize) -> io::Result<usize> {
 }
 
 #[test]
-fn a_splice_from_an_accelerated_socket_finds_nothing_and_a_read_does() {
+fn a_splice_from_an_accelerated_socket_is_refused_or_finds_nothing_and_a_read_does() {
     let pair = Pair::accelerated().unwrap();
+    let expected = match pair.a.refuses_splices().unwrap() {
+        true => ErrorKind::InvalidInput,
+        false => ErrorKind::WouldBlock,
+    };
     for turn in 0..10 {
         let (client, server) = pair.polled_connection().unwrap();
         for (from, to) in [(&client, &server), (&server, &client)] {
@@ -405,10 +409,26 @@ fn a_splice_from_an_accelerated_socket_finds_nothing_and_a_read_does() {
             to.wait(PollFlags::POLLIN).unwrap();
             let (_reader, writer) = io::pipe().unwrap();
             let error = splice(&to.0, &writer, 5000).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::WouldBlock);
+            assert_eq!(error.kind(), expected);
             payload::receive(to, turn, 5000).unwrap();
         }
     }
+    // Of the same pod, past its agent: as without malla.
+    let mut plain = pair.client.enter(|| {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let plain = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        payload::send(listener.accept().unwrap().0, 1, 5000).unwrap();
+        plain
+    });
+    let (mut reader, writer) = io::pipe().unwrap();
+    assert_eq!(plain.peek(&mut [0]).unwrap(), 1);
+    let spliced = splice(&plain, &writer, 5000).unwrap();
+    drop(writer);
+    let mut bytes = Vec::new();
+    reader.read_to_end(&mut bytes).unwrap();
+    assert_eq!(bytes.len(), spliced);
+    plain.read_to_end(&mut bytes).unwrap();
+    payload::receive_all(&bytes[..], 1, 5000).unwrap();
     pair.nothing_is_held().unwrap();
 }
 

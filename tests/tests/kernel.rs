@@ -128,6 +128,8 @@ impl World {
         eventually("the mode", LIMIT, || pods("full", "configured")).unwrap();
         assert!(!verdict("refused"), "{}", agent.log());
         assert!(told.contains("is possible on this kernel"), "{told}");
+        let refuses = self.a.refuses_splices().unwrap();
+        assert_eq!(refuses, kernel::asks_programs(), "{told}");
         let redirected = || {
             let labels = [("event", "redirected")];
             let name = "malla_acceleration_directions_total";
@@ -195,11 +197,7 @@ impl World {
             assert_eq!(say(stream, SECRET), Fate::Echoed);
         }
         let wire = self.bed.capture_wire(&self.a, &self.b).unwrap();
-        let text = self.bed.mesh_yaml();
-        let (head, tail) = text.split_once("- name: client\n").unwrap();
-        let tail = tail.replacen("mesh: enabled", "mesh: disabled", 1);
-        let text = format!("{head}- name: client\n{tail}");
-        self.bed.write_mesh_text(&text).unwrap();
+        self.bed.withdraw(&self.client).unwrap();
         eventually("new connections to pass", LIMIT, || {
             self.fates(&self.client, PLAIN) == [Fate::Echoed; 2]
                 && self

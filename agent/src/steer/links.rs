@@ -41,6 +41,8 @@ pub enum Target<'a> {
     SocketOptions(&'a File),
     /// The tracepoint that the program was loaded for.
     Tracepoint,
+    /// The question to security modules that it was loaded for.
+    SecurityHook,
 }
 
 /// Of linux/bpf.h.
@@ -55,6 +57,7 @@ const BPF_CGROUP_SOCK_OPS: u32 = 3;
 const BPF_SK_MSG_VERDICT: u32 = 7;
 const BPF_CGROUP_SETSOCKOPT: u32 = 22;
 const BPF_TRACE_RAW_TP: u32 = 23;
+const BPF_LSM_MAC: u32 = 27;
 const BPF_SK_LOOKUP: u32 = 36;
 const BPF_TCX_INGRESS: u32 = 46;
 const BPF_TCX_EGRESS: u32 = 47;
@@ -131,6 +134,7 @@ pub fn create(program: impl AsFd, target: Target) -> io::Result<OwnedFd> {
         Target::SocketEvents(cgroup) => (number(cgroup), BPF_CGROUP_SOCK_OPS, 0),
         Target::SocketOptions(cgroup) => (number(cgroup), BPF_CGROUP_SETSOCKOPT, 0),
         Target::Tracepoint => (0, BPF_TRACE_RAW_TP, 0),
+        Target::SecurityHook => (0, BPF_LSM_MAC, 0),
     };
     let fd = bpf(
         BPF_LINK_CREATE,

@@ -7,6 +7,7 @@ mount -t cgroup2 cgroup /sys/fs/cgroup
 mount -t bpf bpf /sys/fs/bpf
 mount -t debugfs debug /sys/kernel/debug
 mount -t tracefs trace /sys/kernel/tracing
+mount -t securityfs security /sys/kernel/security
 # The kernel loads the module when it is opened.
 [ -e /dev/net/tun ] || mknod /dev/net/tun c 10 200
 ip link set lo up

@@ -27,9 +27,10 @@ const BOOT_BY_EMULATION: Duration = Duration::from_secs(90);
 const CONSOLE_LINES: usize = 30;
 
 /// After a panic the machine resets, which ends QEMU. The rest spares emulation what costs time and
-/// isn't what is tested: defences, tests of the kernel's own, accounting, and doubts about the clock.
+/// isn't what is tested: defences, security modules but that of eBPF programs, tests of the kernel's
+/// own, accounting, and doubts about the clock.
 const COMMAND_LINE: &str = "console=ttyS0 loglevel=5 panic=-1 mitigations=off nokaslr init_on_alloc=0 \
-                            lsm= psi=0 cryptomgr.notests nowatchdog tsc=reliable";
+                            lsm=bpf psi=0 cryptomgr.notests nowatchdog tsc=reliable";
 
 /// What is to be booted, and for how long it may run.
 #[derive(Debug)]

@@ -19,7 +19,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 
 use crate::{interrupt, packages};
-use kernel::Line;
+use kernel::{Kernel, Line};
 use machine::{Ended, Machine};
 use script::Script;
 
@@ -49,14 +49,14 @@ pub(crate) struct Options {
 
 /// Boots, runs the command, and returns its exit code.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
-    prepare()?;
+    let kernel = prepare(&options.kernel)?;
     let words: Vec<&str> = options.command.iter().map(String::as_str).collect();
     let script = match words[..] {
-        ["test"] => suite::script(None, false)?,
-        ["test", text] => suite::script(Some(text), options.long)?,
+        ["test"] => suite::script(None, false, kernel.numbers()?)?,
+        ["test", text] => suite::script(Some(text), options.long, kernel.numbers()?)?,
         _ => Script::command(&options.command),
     };
-    let ended = boot(&options.kernel, &script, options.limit, options.emulate)?;
+    let ended = boot(&kernel, &script, options.limit, options.emulate)?;
     if script.has_tests {
         println!("{} passed, {} failed", ended.passed, ended.failed);
     }
@@ -65,9 +65,10 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 
 /// Runs the tests that fit under the newest kernel of a line: how many have passed, and failed.
 pub(crate) fn test(line: &str) -> Result<(usize, usize)> {
-    prepare()?;
     let line: Line = line.parse().map_err(anyhow::Error::msg)?;
-    let ended = boot(&line, &suite::script(None, false)?, LIMIT, false)?;
+    let kernel = prepare(&line)?;
+    let script = suite::script(None, false, kernel.numbers()?)?;
+    let ended = boot(&kernel, &script, LIMIT, false)?;
     ensure!(
         (ended.code == 0) == (ended.failed == 0),
         "{} tests failed, but the exit code is {}",
@@ -77,21 +78,21 @@ pub(crate) fn test(line: &str) -> Result<(usize, usize)> {
     Ok((ended.passed, ended.failed))
 }
 
-/// What every guest needs of the machine.
-fn prepare() -> Result<()> {
+/// Sets up what every guest needs of the machine, and gets the kernel.
+fn prepare(line: &Line) -> Result<Kernel> {
     ensure!(
         cfg!(target_arch = "x86_64"),
         "the VM is for x86_64 only: run the tests natively, by `cargo xtask test`"
     );
     interrupt::catch()?;
-    packages::ensure(packages::FOR_VM, "the VM")
+    packages::ensure(packages::FOR_VM, "the VM")?;
+    kernel::get(line).with_context(|| format!("getting Debian's kernel {line}"))
 }
 
-fn boot(line: &Line, script: &Script, limit: u64, emulate: bool) -> Result<Ended> {
-    let kernel = kernel::get(line).with_context(|| format!("getting Debian's kernel {line}"))?;
-    let initramfs = initramfs::build(&kernel, script)?;
+fn boot(kernel: &Kernel, script: &Script, limit: u64, emulate: bool) -> Result<Ended> {
+    let initramfs = initramfs::build(kernel, script)?;
     let machine = Machine {
-        kernel: &kernel,
+        kernel,
         initramfs: &initramfs,
         limit: Duration::from_mins(limit),
     };

@@ -12,31 +12,74 @@ use crate::{ebpf, packages, shell, workspace};
 
 use super::script::Script;
 
-/// What runs on each kernel: file of tests/tests, then tests of it.
-///
-/// Emulation takes ten to twenty times as long as the machine itself, and a run at most six minutes:
-/// so it is one story of all that is asked of a kernel. Left out is what asks the same again, what
-/// the agent alone decides (identities, limits, the command line), and what measures time or needs a
-/// thousand connections.
-const CHOSEN: &[(&str, &[&str])] = &[(
-    "kernel",
-    &["a_kernel_does_what_is_asked_of_it_from_the_first_agent_to_the_cleanup"],
-)];
+/// Tests that run where none are named.
+struct Chosen {
+    /// Of tests/tests.
+    file: &'static str,
+    /// The first kernel that can do what they are about.
+    since: (u32, u32),
+    tests: &'static [&'static str],
+}
 
-/// Builds the tests, and says how to run those that are chosen, or all whose file or name contains
-/// `text`, with those marked as ignored where `long` ones are to run.
-pub(super) fn script(text: Option<&str>, long: bool) -> Result<Script> {
+/// The first kernel that tells what a socket has read, without which nothing is accelerated. The
+/// story has older ones say so.
+const ACCELERATES: (u32, u32) = (6, 3);
+
+/// Emulation takes ten to twenty times as long as the machine itself, and a run at most six minutes:
+/// so it is one story of all that is asked of a kernel, and the part of acceleration that hangs on the
+/// kernel's own code. Left out is what asks the same again, what the agent alone decides (identities,
+/// limits, the command line), and what measures time or needs a thousand connections.
+const CHOSEN: &[Chosen] = &[
+    Chosen {
+        file: "kernel",
+        since: (0, 0),
+        tests: &["a_kernel_does_what_is_asked_of_it_from_the_first_agent_to_the_cleanup"],
+    },
+    Chosen {
+        file: "accelerate",
+        since: ACCELERATES,
+        tests: &[
+            "messages_stay_redirected_in_both_families",
+            "bulk_data_is_exact_whether_its_reader_keeps_up_or_not",
+            "a_reset_is_a_reset_on_either_side",
+            "a_writer_whose_reader_stalls_is_stopped",
+        ],
+    },
+    Chosen {
+        file: "accelerate_apps",
+        since: ACCELERATES,
+        tests: &[
+            "two_pods_with_one_four_tuple_read_their_own",
+            "haproxy_carries_bytes_between_accelerated_connections_and_splices_where_it_may_try",
+        ],
+    },
+    Chosen {
+        file: "accelerate_limits",
+        since: ACCELERATES,
+        tests: &[
+            "an_app_that_closes_with_bytes_unread_resets_its_peer",
+            "kernel_tls_and_zero_copy_are_refused_to_accelerated_sockets_alone",
+            "a_splice_from_an_accelerated_socket_is_refused_or_finds_nothing_and_a_read_does",
+            "what_is_spliced_and_sent_of_a_file_into_an_accelerated_socket_is_the_file",
+        ],
+    },
+];
+
+/// Builds the tests, and says how to run on a kernel of `release` those that are chosen, or all whose
+/// file or name contains `text`, with those marked as ignored where `long` ones are to run.
+pub(super) fn script(text: Option<&str>, long: bool, release: (u32, u32)) -> Result<Script> {
     packages::ensure(packages::FOR_TESTS, "testing")?;
     ebpf::build()?;
     let agent = agent()?.display().to_string();
     let mut body = format!("export MALLA_BIN={}\ncode=0\n", shell::quote(&[agent]));
+    let can_run = || CHOSEN.iter().filter(|chosen| chosen.since <= release);
     let files: Vec<&str> = match text {
-        None => CHOSEN.iter().map(|(file, _)| *file).collect(),
+        None => can_run().map(|chosen| chosen.file).collect(),
         Some(_) => Vec::new(),
     };
     let programs = programs(&files)?;
     let run = match text {
-        None => chosen(&programs)?,
+        None => chosen(&programs, can_run())?,
         Some(text) => containing(&programs, text)?,
     };
     for (file, tests) in run {
@@ -72,13 +115,13 @@ fn agent() -> Result<PathBuf> {
 }
 
 type Programs = BTreeMap<String, PathBuf>;
-type Chosen<'a> = Vec<(&'a str, Vec<String>)>;
+type Run<'a> = Vec<(&'a str, Vec<String>)>;
 
-fn chosen(programs: &Programs) -> Result<Chosen<'_>> {
+fn chosen<'a>(programs: &'a Programs, of: impl Iterator<Item = &'a Chosen>) -> Result<Run<'a>> {
     let mut run = Vec::new();
-    for (file, tests) in CHOSEN {
-        let (file, program) = programs
-            .get_key_value(*file)
+    for Chosen { file, tests, .. } in of {
+        let program = programs
+            .get(*file)
             .with_context(|| format!("there is no tests/tests/{file}.rs"))?;
         let there_are = names(program)?;
         for test in *tests {
@@ -86,12 +129,12 @@ fn chosen(programs: &Programs) -> Result<Chosen<'_>> {
             ensure!(is_there, "tests/tests/{file}.rs has no test {test}");
         }
         let tests = tests.iter().map(|test| (*test).to_owned());
-        run.push((file.as_str(), tests.collect()));
+        run.push((*file, tests.collect()));
     }
     Ok(run)
 }
 
-fn containing<'a>(programs: &'a Programs, text: &str) -> Result<Chosen<'a>> {
+fn containing<'a>(programs: &'a Programs, text: &str) -> Result<Run<'a>> {
     let mut run = Vec::new();
     for (file, program) in programs {
         let mut tests = names(program)?;

@@ -10,7 +10,7 @@ use std::{
 use aya::{
     Btf, Ebpf,
     maps::{Map, MapData, MapError, PerCpuArray, PerCpuValues, SkStorage},
-    programs::{BtfTracePoint, CgroupSockopt, Program, ProgramError, SkMsg, SockOps},
+    programs::{BtfTracePoint, CgroupSockopt, Lsm, Program, ProgramError, SkMsg, SockOps},
 };
 use malla_common::acceleration::Event;
 
@@ -27,6 +27,9 @@ const ADDS: &str = "accelerate";
 const REDIRECTS: &str = "redirect";
 const COUNTS: &str = "consumed";
 const GUARDS: &str = "keep_plain";
+const SPLICE_GUARD: &str = "refuse_splice";
+/// What that hangs on.
+const PERMISSION_HOOK: &str = "file_permission";
 /// What [`COUNTS`] hangs on (Linux 6.3).
 const RECEIVE_HOOK: &str = "sock_recv_length";
 
@@ -50,6 +53,8 @@ pub(super) struct AccelerationPrograms {
     adds: Accounted<OwnedFd>,
     guards: Accounted<OwnedFd>,
     _counts: Accounted<OwnedFd>,
+    /// None where the kernel has no programs for security modules: the self-test finds out what comes of it.
+    _splice_guard: Option<Accounted<OwnedFd>>,
     /// While no descriptor of it is open, the kernel forgets which program it has.
     ends: Accounted<OwnedFd>,
     tags: Accounted<OwnedFd>,
@@ -79,6 +84,9 @@ impl AccelerationPrograms {
         let redirects: &mut SkMsg = program(&mut ebpf, REDIRECTS)?;
         redirects.load().map_err(refused(REDIRECTS))?;
         let redirects = owned(REDIRECTS, redirects.fd())?;
+        let splice_guard = guard_splices(&mut ebpf, &btf)
+            .inspect_err(|error| tracing::debug!(%error, "splices aren't refused"))
+            .ok();
         let ends = map(&mut ebpf, "ENDS")?;
         links::attach_to_messages(&redirects, &ends)?;
         let events = ebpf.take_map("ACCELERATION_EVENTS");
@@ -91,6 +99,7 @@ impl AccelerationPrograms {
             adds: accounted(adds),
             guards: accounted(guards),
             _counts: accounted(counts),
+            _splice_guard: splice_guard.map(accounted),
             ends: accounted(ends),
             tags: accounted(map(&mut ebpf, "TAGS")?),
             waiting: accounted(map(&mut ebpf, "WAITING")?),
@@ -155,6 +164,20 @@ impl AccelerationPrograms {
         };
         Event::ALL.into_iter().filter_map(count).collect()
     }
+}
+
+/// Lets splice(2) fail that wouldn't see what was redirected. Where the modules of the machine's start
+/// don't have `bpf` among them, the kernel takes the program and never asks it.
+fn guard_splices(ebpf: &mut Ebpf, btf: &Btf) -> Result<OwnedFd, LoadError> {
+    if !cfg!(target_arch = "x86_64") {
+        // It knows the registers of that alone.
+        return Err(ProgramsError::Absent(SPLICE_GUARD).into());
+    }
+    let guard: &mut Lsm = program(ebpf, SPLICE_GUARD)?;
+    let loaded = guard.load(PERMISSION_HOOK, btf);
+    loaded.map_err(refused(SPLICE_GUARD))?;
+    let guard = owned(SPLICE_GUARD, guard.fd())?;
+    Ok(links::create(&guard, Target::SecurityHook)?)
 }
 
 fn accounted(fd: OwnedFd) -> Accounted<OwnedFd> {

@@ -381,29 +381,27 @@ impl Agent {
             ACCEPT_GRACE
         };
         // What a pod's netns is like is no longer this agent's to follow.
-        let mut pods = self.pods.hand_over();
-        self.pods.workers.leave(grace).await;
+        let mut carried = self.pods.hand_over();
+        let workers = &self.pods.workers;
+        workers.leave(grace).await;
         let now = Instant::now();
         let (accepted, end) = (now + grace, now + limit);
         let mut mesh = self.shared.mesh.clone();
         let mut current = Arc::clone(&mesh.borrow_and_update());
         let mut ticks = tokio::time::interval(Duration::from_millis(20));
+        let mut look = tokio::time::interval(LOOK_AFTER_PODS);
         loop {
             tokio::select! {
                 Ok(()) = mesh.changed() => {
                     let next = Arc::clone(&mesh.borrow_and_update());
                     let changes = discovery::changes(&current, &next, &self.node);
-                    let gone = changes.reenrolled.into_iter().map(|changed| changed.old);
-                    for workload in gone.chain(changes.removed) {
-                        if let Some(pod) = pods.remove(&workload.id) {
-                            self.pods.workers.remove(&pod).await;
-                        }
-                    }
+                    carried.apply(changes, workers).await;
                     current = next;
                 }
+                _ = look.tick() => carried.end_withdrawals(workers).await,
                 _ = ticks.tick() => {
                     let now = Instant::now();
-                    let is_idle = now >= accepted && self.pods.workers.live_connections() == 0;
+                    let is_idle = now >= accepted && workers.live_connections() == 0;
                     if is_idle || now >= end {
                         return;
                     }

@@ -2,6 +2,7 @@
 
 mod agent;
 mod audits;
+mod carried;
 mod cleanup;
 mod cli;
 mod config;

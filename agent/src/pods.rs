@@ -2,7 +2,8 @@
 //!
 //! A pod that leaves the mesh is withdrawn in two steps: its new connections pass at once, and what
 //! lives goes on until its end or a limit; only then is what was set up taken away. A pod whose
-//! netns is gone has nothing to wait for.
+//! netns is gone has nothing to wait for. What lives may be another agent's, which this one has taken
+//! over from: while there is one, whatever it may need stays for as long as it may.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -15,17 +16,22 @@ use futures_util::{StreamExt, stream};
 use tokio::time::Instant;
 
 use crate::{
+    carried::{Carried, CarriedPod},
     discovery::Changes,
     model::{Mesh, Workload, WorkloadId},
     proxy::{PodConnections, Shared, Workers},
     steer::{
-        Difference, EnrolError, Enrolment, Event, InForce, Kind, Pod, PodListeners, Steering,
+        Difference, EnrolError, Enrolment, Event, InForce, Kind, PodListeners, Record, Steering,
         Verdict,
     },
 };
 
 /// How many pods are enrolled at a time. More would only wait for each other in the kernel.
 const AT_A_TIME: usize = 16;
+
+/// How much longer what another agent's connections need stays than they may: it has the same clock,
+/// but not the same moment to look at it.
+const OTHERS_GRACE: Duration = Duration::from_secs(1);
 
 /// What is served on this node.
 pub struct Pods {
@@ -40,6 +46,8 @@ pub struct Pods {
     /// netns is gone, and it is enrolled when another stands there.
     failed: HashMap<WorkloadId, Option<String>>,
     withdraw_limit: Duration,
+    /// When at the latest that is taken away which earlier agents left of other workloads. None: it is.
+    leftovers_until: Option<Instant>,
     /// What the kernel has told of since the last audit.
     touched: HashSet<Event>,
 }
@@ -76,6 +84,7 @@ impl Pods {
             leaving: HashMap::new(),
             failed: HashMap::new(),
             withdraw_limit,
+            leftovers_until: Some(Instant::now() + withdraw_limit + OTHERS_GRACE),
             touched: HashSet::new(),
         }
     }
@@ -102,10 +111,28 @@ impl Pods {
         failed.map(|(id, said)| (id, said.as_deref().unwrap_or("its netns is gone")))
     }
 
-    /// Takes away what earlier agents left of workloads that aren't this node's any more.
+    /// Takes away what earlier agents left of workloads that aren't this node's any more, as soon as
+    /// nobody has connections that need it.
     pub async fn remove_leftovers(&mut self, mesh: &Mesh) {
+        let Some(until) = self.leftovers_until else {
+            return;
+        };
+        let is_late = Instant::now() >= until;
+        let has_others = !is_late && self.steering.has_others();
         let ids: Vec<&WorkloadId> = mesh.enrolled_on(&self.node).map(|w| &w.id).collect();
-        self.steering.remove_leftovers(|id| ids.contains(&id)).await;
+        let mut needed = 0;
+        let keep = |id: &WorkloadId, record: Option<&Record>| {
+            if ids.contains(&id) || self.leaving.contains_key(id) {
+                return true;
+            }
+            let is_needed = has_others && record.is_some_and(Record::netns_is_there);
+            needed += usize::from(is_needed);
+            is_needed
+        };
+        self.steering.remove_leftovers(keep).await;
+        if needed == 0 {
+            self.leftovers_until = None;
+        }
     }
 
     pub async fn apply(&mut self, changes: Changes) {
@@ -127,6 +154,7 @@ impl Pods {
     /// pods whose netns is gone go, and come back with it.
     pub async fn look_after(&mut self, mesh: &Mesh) {
         self.end_withdrawals().await;
+        self.remove_leftovers(mesh).await;
         let enrolled = self.enrolled.values();
         let dead: Vec<_> = enrolled
             .filter(|pod| !pod.enrolment.netns_is_there())
@@ -337,12 +365,21 @@ impl Pods {
     }
 
     async fn end_withdrawals(&mut self) {
+        if self.leaving.is_empty() {
+            return;
+        }
         let now = Instant::now();
+        let has_others = self.steering.has_others();
+        let is_over = |pod: &Enrolled, end: Instant| {
+            if has_others {
+                now >= end + OTHERS_GRACE
+            } else {
+                now >= end || pod.connections.count() == 0
+            }
+        };
         let over: Vec<_> = self
             .leaving
-            .extract_if(|_, (pod, end)| {
-                now >= *end || pod.connections.count() == 0 || !pod.enrolment.netns_is_there()
-            })
+            .extract_if(|_, (pod, end)| is_over(pod, *end) || !pod.enrolment.netns_is_there())
             .collect();
         for (_, (pod, _)) in over {
             self.end(pod).await;
@@ -422,13 +459,19 @@ impl Pods {
         self.steering.give_up_charge(self.enrolments());
     }
 
-    /// Stops following the pods, which are another agent's now or nobody's. Gives what their live
-    /// connections hold.
-    pub fn hand_over(&mut self) -> HashMap<WorkloadId, Arc<Pod>> {
+    /// Stops following the pods, which are another agent's now or nobody's. Gives whose connections
+    /// live on here.
+    pub fn hand_over(&mut self) -> Carried {
         self.steering.release_links();
-        let leaving = self.leaving.drain().map(|(id, (pod, _))| (id, pod));
-        let all = self.enrolled.drain().chain(leaving);
-        all.map(|(id, pod)| (id, Arc::clone(pod.enrolment.pod())))
-            .collect()
+        let enrolled = self.enrolled.drain().map(|(_, pod)| (pod, None));
+        let leaving = self.leaving.drain();
+        let leaving = leaving.map(|(_, (pod, end))| (pod, Some(end)));
+        let pods = enrolled.chain(leaving).map(|(pod, ends)| CarriedPod {
+            workload: pod.workload,
+            pod: Arc::clone(pod.enrolment.pod()),
+            record: pod.enrolment.record(),
+            ends,
+        });
+        Carried::new(pods, self.withdraw_limit)
     }
 }

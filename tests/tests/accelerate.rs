@@ -347,3 +347,62 @@ fn both_nodes_count_each_byte_through_demotions_and_a_change_of_mode() {
         assert_eq!(sum("tcp_write_bytes_total", "dst"), asked);
     }
 }
+
+/// An agent that is replaced tells of its connections in its log, as nobody asks it for metrics any more.
+#[test]
+fn each_byte_is_told_of_through_upgrades_and_a_withdrawal() {
+    let mut pair = Pair::accelerated().unwrap();
+    let (a, b) = (Arc::clone(&pair.a), Arc::clone(&pair.b));
+    let (client, server) = pair.polled_connection().unwrap();
+    let says = |from: &Polled, to: &Polled, length| {
+        thread::scope(|scope| {
+            scope.spawn(|| payload::send(from, 1, length).unwrap());
+            payload::receive(to, 1, length).unwrap();
+        });
+    };
+    says(&client, &server, 1001);
+    pair.wait_for_redirected(2).unwrap();
+    let old = [&a, &b].map(|node| pair.bed.upgrade_agent(node).unwrap());
+    for agent in pair.agents() {
+        agent.wait_for_acceleration("full").unwrap();
+    }
+    says(&server, &client, 40_000);
+    says(&client, &server, 5);
+    let (left, right) = pair.polled_connection().unwrap();
+    says(&left, &right, 70_000);
+    says(&right, &left, 7);
+    pair.wait_for_redirected(4).unwrap();
+
+    pair.bed.withdraw(&pair.client).unwrap();
+    eventually("new connections to pass the agent", PATIENCE, || {
+        let agent = pair.bed.agent(&a);
+        drop(pair.connection());
+        agent
+            .metrics()
+            .unwrap()
+            .syns("outbound", "passed", "withdrawn")
+            > 0.0
+    })
+    .unwrap();
+    says(&left, &right, 300_000);
+    says(&right, &left, 900);
+
+    says(&client, &server, 20);
+    drop((left, right, client, server));
+    let told = |log: &str, sent: usize, received: usize| {
+        log.contains(&format!(" bytes_sent={sent} bytes_recv={received} "))
+    };
+    for (agent, direction) in old.iter().zip(["outbound", "inbound"]) {
+        let (sent, received) = (1001 + 5 + 20, 40_000);
+        agent.wait_ended(Duration::from_secs(30)).unwrap();
+        let log = agent.log();
+        let is_told = match direction {
+            "outbound" => told(&log, sent, received),
+            _ => told(&log, received, sent),
+        };
+        assert!(is_told, "{log}");
+    }
+    let (sent, received) = (370_000, 907);
+    pair_is_idle(&pair);
+    assert!(told(&pair.bed.agent(&a).log(), sent, received));
+}

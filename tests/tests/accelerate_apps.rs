@@ -298,9 +298,10 @@ fn haproxy_carries_bytes_between_accelerated_connections_and_splices_where_it_ma
     }
     let file = bed.folder().join("haproxy.cfg");
     // It reads where that is refused.
-    let splices = match b.refuses_splices().unwrap() {
-        true => "option splice-request\n  option splice-response",
-        false => "no option splice-auto",
+    let splices = if b.refuses_splices().unwrap() {
+        "option splice-request\n  option splice-response"
+    } else {
+        "no option splice-auto"
     };
     let configuration = format!(
         "defaults\n  mode tcp\n  {splices}\n  timeout connect 20s\n  timeout client 60s\n  timeout server 60s\n\

@@ -398,9 +398,10 @@ fn send_file(from: &File, to: &Polled, most: usize) -> io::Result<usize> {
 #[test]
 fn a_splice_from_an_accelerated_socket_is_refused_or_finds_nothing_and_a_read_does() {
     let pair = Pair::accelerated().unwrap();
-    let expected = match pair.a.refuses_splices().unwrap() {
-        true => ErrorKind::InvalidInput,
-        false => ErrorKind::WouldBlock,
+    let expected = if pair.a.refuses_splices().unwrap() {
+        ErrorKind::InvalidInput
+    } else {
+        ErrorKind::WouldBlock
     };
     for turn in 0..10 {
         let (client, server) = pair.polled_connection().unwrap();

@@ -8,6 +8,7 @@ use std::{
     io::{ErrorKind, Read},
     net::TcpStream,
     sync::Arc,
+    thread,
     time::Duration,
 };
 
@@ -89,6 +90,64 @@ fn what_outlives_the_limit_of_a_withdrawal_is_reset() {
     wait_plain(&scene.client);
     let log = scene.bed.agent(&scene.a).process();
     log.wait_for_log("error=\"withdrawn\"", LIMIT).unwrap();
+}
+
+/// Waits until a client's new connections reach a server without its agent.
+fn wait_passed(scene: &Scene) {
+    eventually("new connections to pass", LIMIT, || {
+        let fate = scene.client.caller().call((scene.server.v4(), PORT));
+        let metrics = scene.metrics(&scene.a).unwrap();
+        fate == Fate::Echoed && metrics.syns("outbound", "passed", "withdrawn") >= 1.0
+    })
+    .unwrap();
+}
+
+#[test]
+fn what_an_old_agent_carries_goes_on_when_its_pod_leaves_before_or_after_the_upgrade() {
+    for leaves_before in [true, false] {
+        let mut scene = Scene::new("", "").unwrap();
+        let node = Arc::clone(&scene.a);
+        let mut live = open(&scene);
+        if leaves_before {
+            scene.bed.withdraw(&scene.client).unwrap();
+            wait_passed(&scene);
+        }
+        let old = scene.bed.upgrade_agent(&node).unwrap();
+        if !leaves_before {
+            scene.bed.withdraw(&scene.client).unwrap();
+            wait_passed(&scene);
+        }
+        // The new one looks what it may take away, every half second.
+        thread::sleep(Duration::from_secs(2));
+        for stream in &mut live {
+            assert_eq!(say(stream, b"what goes on"), Fate::Echoed);
+        }
+        drop(live);
+        assert!(old.wait_ended(LIMIT).unwrap().success());
+        wait_plain(&scene.client);
+        assert_eq!(
+            scene.client.caller().call((scene.server.v4(), PORT)),
+            Fate::Echoed
+        );
+    }
+}
+
+#[test]
+fn what_an_old_agent_carries_is_reset_at_the_limit_of_the_withdrawal() {
+    let mut scene = Scene::new("", "").unwrap();
+    scene.bed = scene.bed.with_agent_arguments(["--withdraw-limit", "2s"]);
+    let node = Arc::clone(&scene.a);
+    drop(scene.bed.upgrade_agent(&node).unwrap());
+    let live = open(&scene);
+    let old = scene.bed.upgrade_agent(&node).unwrap();
+    scene.bed.withdraw(&scene.client).unwrap();
+    for mut stream in live {
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        let error = stream.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    }
+    assert!(old.wait_ended(LIMIT).unwrap().success());
+    wait_plain(&scene.client);
 }
 
 /// Lets the threads that carry connections have what nobody else wants of their processor, and

@@ -88,6 +88,12 @@ impl Charge {
         }
     }
 
+    /// Whether any other agent lives.
+    pub fn has_others(&self) -> bool {
+        let living = cgroup::living_agents(&self.cgroups);
+        living.iter().any(|agent| *agent != self.own.0)
+    }
+
     /// Whether another agent lives that is about to take charge.
     pub fn has_successor(&self) -> bool {
         living(&self.next, &self.cgroups).is_some_and(|next| next != self.own.0)

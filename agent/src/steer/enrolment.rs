@@ -26,7 +26,6 @@ use super::{
     listener_map,
     listeners::PodListeners,
     lock,
-    netns::NetnsId,
     network::{Changes, LOOPBACK, Network},
     on_blocking_thread,
     pod::Pod,
@@ -186,8 +185,12 @@ impl Enrolment {
 
     /// Whether the pod's netns is still where the workload has it.
     pub fn netns_is_there(&self) -> bool {
-        let there = NetnsId::at(&self.inner.record.path);
-        there.is_ok_and(|id| id == self.inner.record.netns)
+        self.inner.record.netns_is_there()
+    }
+
+    /// What is known of the pod without its enrolment.
+    pub fn record(&self) -> Record {
+        self.inner.record.clone()
     }
 
     /// Puts the listeners back into the map where they are missing: another agent had begun to take

@@ -58,10 +58,11 @@ pub use listeners::PodListeners;
 pub use netns::Netns;
 pub use pod::Pod;
 pub use programs::ProgramsError;
+pub use record::Record;
 
 use self::{
     attach::Attacher, cgroup::CgroupId, charge::Charge, events::Events, inherited::Inherited,
-    netns::NetnsId, programs::Programs, record::Record, refusals::Refusals,
+    netns::NetnsId, programs::Programs, refusals::Refusals,
 };
 use crate::model::{Accelerate, Node, WorkloadId};
 
@@ -237,6 +238,11 @@ impl Steering {
     /// Whether another agent has taken over.
     pub fn is_superseded(&self) -> bool {
         self.charge.is_lost()
+    }
+
+    /// Whether other agents live on this node: they may carry connections of its pods.
+    pub fn has_others(&self) -> bool {
+        self.charge.has_others()
     }
 
     /// Whether another agent is about to take over.

@@ -38,6 +38,11 @@ impl Record {
         Self::parse(target.to_str()?)
     }
 
+    /// Whether its netns is still where it was found.
+    pub fn netns_is_there(&self) -> bool {
+        NetnsId::at(&self.path).is_ok_and(|id| id == self.netns)
+    }
+
     pub fn write(&self, folder: &Path) -> io::Result<()> {
         let next = folder.join(NEXT);
         match fs::remove_file(&next) {

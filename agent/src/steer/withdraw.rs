@@ -35,11 +35,15 @@ impl Steering {
     }
 
     /// Takes away what an earlier agent left of workloads that `keep` doesn't hold.
-    pub async fn remove_leftovers(&self, keep: impl Fn(&WorkloadId) -> bool) {
+    pub async fn remove_leftovers(
+        &self,
+        mut keep: impl FnMut(&WorkloadId, Option<&Record>) -> bool,
+    ) {
         let mut kept = HashSet::new();
         for (workload, folder) in record::all(&self.links) {
-            if keep(&workload) {
-                kept.extend(Record::read(&folder).map(|record| record.pod));
+            let record = Record::read(&folder);
+            if keep(&workload, record.as_ref()) {
+                kept.extend(record.map(|record| record.pod));
             } else {
                 tracing::info!(%workload, "removing what is left of a workload that is gone");
                 self.take_away(&folder).await;

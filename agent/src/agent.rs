@@ -387,16 +387,14 @@ impl Agent {
         let now = Instant::now();
         let (accepted, end) = (now + grace, now + limit);
         let mut mesh = self.shared.mesh.clone();
-        let mut current = Arc::clone(&mesh.borrow_and_update());
+        mesh.mark_changed();
         let mut ticks = tokio::time::interval(Duration::from_millis(20));
         let mut look = tokio::time::interval(LOOK_AFTER_PODS);
         loop {
             tokio::select! {
                 Ok(()) = mesh.changed() => {
-                    let next = Arc::clone(&mesh.borrow_and_update());
-                    let changes = discovery::changes(&current, &next, &self.node);
-                    carried.apply(changes, workers).await;
-                    current = next;
+                    let now = Arc::clone(&mesh.borrow_and_update());
+                    carried.follow(&now, &self.node, workers).await;
                 }
                 _ = look.tick() => carried.end_withdrawals(workers).await,
                 _ = ticks.tick() => {

@@ -8,8 +8,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use tokio::time::Instant;
 
 use crate::{
-    discovery::Changes,
-    model::{Workload, WorkloadId},
+    model::{Mesh, Workload, WorkloadId},
     proxy::Workers,
     steer::{Pod, Record},
 };
@@ -37,26 +36,25 @@ impl Carried {
         }
     }
 
-    /// Heeds what has changed of the node's pods.
-    pub async fn apply(&mut self, changes: Changes, workers: &Workers) {
-        for workload in changes.removed {
-            if let Some(pod) = self.pods.get_mut(&workload.id) {
-                let limit = Instant::now() + self.withdraw_limit;
-                pod.ends.get_or_insert(limit);
+    /// Heeds what the mesh is now, whatever it was before: the agent may have missed a change while it
+    /// came to this.
+    pub async fn follow(&mut self, mesh: &Mesh, node: &str, workers: &Workers) {
+        let end = Instant::now() + self.withdraw_limit;
+        let mut others = Vec::new();
+        for pod in self.pods.values_mut() {
+            let present = mesh.workloads.get(&pod.workload.id);
+            match present.filter(|now| now.node == node && now.is_enrolled()) {
+                None => {
+                    pod.ends.get_or_insert(end);
+                }
+                Some(now) if now.has_same_enrolment(&pod.workload) => pod.ends = None,
+                // Of another netns or identity: nothing of it may go on.
+                Some(now) => others.push(now.id.clone()),
             }
         }
-        let come_back = changes.added.into_iter();
-        let others = changes.reenrolled.into_iter().map(|changed| changed.new);
-        for workload in come_back.chain(others) {
-            let Some(pod) = self.pods.get_mut(&workload.id) else {
-                continue;
-            };
-            if pod.workload.has_same_enrolment(&workload) {
-                pod.ends = None;
-            } else {
-                // Of another netns or identity: nothing of it may go on.
+        for id in others {
+            if let Some(pod) = self.pods.remove(&id) {
                 workers.remove(&pod.pod).await;
-                self.pods.remove(&workload.id);
             }
         }
     }
@@ -65,8 +63,7 @@ impl Carried {
     pub async fn end_withdrawals(&mut self, workers: &Workers) {
         let now = Instant::now();
         let is_over = |pod: &CarriedPod| {
-            pod.ends
-                .is_some_and(|end| now >= end || !pod.record.netns_is_there())
+            pod.ends.is_some_and(|end| now >= end) || !pod.record.netns_is_there()
         };
         let over = self.pods.extract_if(|_, pod| is_over(pod));
         let over: Vec<CarriedPod> = over.map(|(_, pod)| pod).collect();

@@ -3,7 +3,7 @@
 //! A pod that leaves the mesh is withdrawn in two steps: its new connections pass at once, and what
 //! lives goes on until its end or a limit; only then is what was set up taken away. A pod whose
 //! netns is gone has nothing to wait for. What lives may be another agent's, which this one has taken
-//! over from: while there is one, whatever it may need stays for as long as it may.
+//! over from: while the kernel has one of such an agent in the pod's netns, what it needs stays.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -29,10 +29,6 @@ use crate::{
 /// How many pods are enrolled at a time. More would only wait for each other in the kernel.
 const AT_A_TIME: usize = 16;
 
-/// How much longer what another agent's connections need stays than they may: it has the same clock,
-/// but not the same moment to look at it.
-const OTHERS_GRACE: Duration = Duration::from_secs(1);
-
 /// What is served on this node.
 pub struct Pods {
     node: String,
@@ -40,14 +36,14 @@ pub struct Pods {
     pub workers: Workers,
     shared: Shared,
     enrolled: HashMap<WorkloadId, Enrolled>,
-    /// Pods that are being withdrawn, and when at the latest that ends.
-    leaving: HashMap<WorkloadId, (Enrolled, Instant)>,
+    /// Pods that are being withdrawn.
+    leaving: HashMap<WorkloadId, Leaving>,
     /// Workloads whose enrolment failed, with what was said of it, to be tried again. None: its
     /// netns is gone, and it is enrolled when another stands there.
     failed: HashMap<WorkloadId, Option<String>>,
     withdraw_limit: Duration,
-    /// When at the latest that is taken away which earlier agents left of other workloads. None: it is.
-    leftovers_until: Option<Instant>,
+    /// Whether there may be something of workloads that aren't enrolled.
+    has_leftovers: bool,
     /// What the kernel has told of since the last audit.
     touched: HashSet<Event>,
 }
@@ -67,6 +63,14 @@ struct Enrolled {
     connections: PodConnections,
 }
 
+struct Leaving {
+    pod: Enrolled,
+    /// When its connections end at the latest.
+    end: Instant,
+    /// Whether they have, so that only other agents' go on.
+    is_cut: bool,
+}
+
 impl Pods {
     pub fn new(
         node: String,
@@ -84,7 +88,7 @@ impl Pods {
             leaving: HashMap::new(),
             failed: HashMap::new(),
             withdraw_limit,
-            leftovers_until: Some(Instant::now() + withdraw_limit + OTHERS_GRACE),
+            has_leftovers: true,
             touched: HashSet::new(),
         }
     }
@@ -96,7 +100,8 @@ impl Pods {
     /// The pods whose connections go on: in the mesh, or leaving it.
     pub fn all(&self) -> impl Iterator<Item = EnrolledPod<'_>> {
         let enrolled = self.enrolled.values().map(|pod| (pod, None));
-        let leaving = self.leaving.values().map(|(pod, end)| (pod, Some(*end)));
+        let leaving = self.leaving.values();
+        let leaving = leaving.map(|leaving| (&leaving.pod, Some(leaving.end)));
         enrolled.chain(leaving).map(|(pod, leaves)| EnrolledPod {
             workload: &pod.workload,
             enrolment: &pod.enrolment,
@@ -112,27 +117,16 @@ impl Pods {
     }
 
     /// Takes away what earlier agents left of workloads that aren't this node's any more, as soon as
-    /// nobody has connections that need it.
+    /// nobody has connections that need it. What another workload is to have must go before.
     pub async fn remove_leftovers(&mut self, mesh: &Mesh) {
-        let Some(until) = self.leftovers_until else {
+        if !self.has_leftovers {
             return;
-        };
-        let is_late = Instant::now() >= until;
-        let has_others = !is_late && self.steering.has_others();
-        let ids: Vec<&WorkloadId> = mesh.enrolled_on(&self.node).map(|w| &w.id).collect();
-        let mut needed = 0;
-        let keep = |id: &WorkloadId, record: Option<&Record>| {
-            if ids.contains(&id) || self.leaving.contains_key(id) {
-                return true;
-            }
-            let is_needed = has_others && record.is_some_and(Record::netns_is_there);
-            needed += usize::from(is_needed);
-            is_needed
-        };
-        self.steering.remove_leftovers(keep).await;
-        if needed == 0 {
-            self.leftovers_until = None;
         }
+        let present = || mesh.enrolled_on(&self.node);
+        let ids: HashSet<&WorkloadId> = present().map(|workload| &workload.id).collect();
+        let keep = |id: &WorkloadId| ids.contains(id) || self.leaving.contains_key(id);
+        let may_stay = |record: &Record| !present().any(|w| w.netns.as_ref() == Some(&record.path));
+        self.has_leftovers = !self.steering.remove_leftovers(keep, may_stay).await;
     }
 
     pub async fn apply(&mut self, changes: Changes) {
@@ -266,7 +260,7 @@ impl Pods {
             return Vec::new();
         }
         let mut found = self.steering.audit_node();
-        let leaving = self.leaving.values().map(|(pod, _)| &pod.enrolment);
+        let leaving = self.leaving.values().map(|leaving| &leaving.pod.enrolment);
         let all = self.enrolments().chain(leaving);
         found.extend(self.steering.audit_entries(all));
         for pod in self.enrolled.values() {
@@ -316,10 +310,12 @@ impl Pods {
     /// Takes back a withdrawal that hasn't ended. Whether there was one: of another netns or
     /// identity nothing may go on.
     async fn resume(&mut self, workload: &Arc<Workload>) -> bool {
-        let Some((mut pod, _)) = self.leaving.remove(&workload.id) else {
+        let Some(leaving) = self.leaving.remove(&workload.id) else {
             return false;
         };
-        if !pod.workload.has_same_enrolment(workload) || !pod.enrolment.netns_is_there() {
+        let (mut pod, is_cut) = (leaving.pod, leaving.is_cut);
+        let is_same = pod.workload.has_same_enrolment(workload);
+        if is_cut || !is_same || !pod.enrolment.netns_is_there() {
             self.end(pod).await;
             return false;
         }
@@ -348,7 +344,7 @@ impl Pods {
         self.failed.remove(&workload.id);
         let Some(pod) = self.enrolled.remove(&workload.id) else {
             // Its enrolment failed, but an earlier agent may have enrolled it.
-            self.steering.remove(&workload.id).await;
+            self.has_leftovers |= !self.steering.remove(&workload.id).await;
             self.release(workload);
             return;
         };
@@ -357,32 +353,41 @@ impl Pods {
             tracing::error!(workload = %workload.id, %error, "can't withdraw a pod without a cut");
             return self.end(pod).await;
         }
-        self.workers.hand_over(pod.enrolment.pod()).await;
-        let end = Instant::now() + self.withdraw_limit;
         tracing::info!(workload = %workload.id, connections = pod.connections.count(), "leaves the mesh");
-        self.leaving.insert(workload.id.clone(), (pod, end));
+        let handed_over = Arc::clone(pod.enrolment.pod());
+        let leaving = Leaving {
+            pod,
+            end: Instant::now() + self.withdraw_limit,
+            is_cut: false,
+        };
+        self.leaving.insert(workload.id.clone(), leaving);
+        self.workers.hand_over(&handed_over).await;
         self.end_withdrawals().await;
     }
 
     async fn end_withdrawals(&mut self) {
-        if self.leaving.is_empty() {
-            return;
-        }
         let now = Instant::now();
-        let has_others = self.steering.has_others();
-        let is_over = |pod: &Enrolled, end: Instant| {
-            if has_others {
-                now >= end + OTHERS_GRACE
-            } else {
-                now >= end || pod.connections.count() == 0
+        let mut over = Vec::new();
+        for (id, leaving) in &mut self.leaving {
+            let (pod, is_late) = (&leaving.pod, now >= leaving.end);
+            if pod.enrolment.netns_is_there() {
+                if !is_late && pod.connections.count() > 0 {
+                    continue;
+                }
+                let steered = pod.enrolment.pod();
+                if self.steering.others_carry(&steered.netns).await {
+                    if is_late && !std::mem::replace(&mut leaving.is_cut, true) {
+                        self.workers.remove(steered).await;
+                    }
+                    continue;
+                }
             }
-        };
-        let over: Vec<_> = self
-            .leaving
-            .extract_if(|_, (pod, end)| is_over(pod, *end) || !pod.enrolment.netns_is_there())
-            .collect();
-        for (_, (pod, _)) in over {
-            self.end(pod).await;
+            over.push(id.clone());
+        }
+        for id in over {
+            if let Some(leaving) = self.leaving.remove(&id) {
+                self.end(leaving.pod).await;
+            }
         }
     }
 
@@ -391,7 +396,7 @@ impl Pods {
         self.failed.remove(&workload.id);
         match self.enrolled.remove(&workload.id) {
             Some(pod) => self.end(pod).await,
-            None => self.steering.remove(&workload.id).await,
+            None => self.has_leftovers |= !self.steering.remove(&workload.id).await,
         }
         self.count();
     }
@@ -465,7 +470,7 @@ impl Pods {
         self.steering.release_links();
         let enrolled = self.enrolled.drain().map(|(_, pod)| (pod, None));
         let leaving = self.leaving.drain();
-        let leaving = leaving.map(|(_, (pod, end))| (pod, Some(end)));
+        let leaving = leaving.map(|(_, leaving)| (leaving.pod, Some(leaving.end)));
         let pods = enrolled.chain(leaving).map(|(pod, ends)| CarriedPod {
             workload: pod.workload,
             pod: Arc::clone(pod.enrolment.pod()),

@@ -20,7 +20,9 @@ use aya_ebpf::{
     },
     btf_maps::{HashMap, PerCpuArray, SkStorage},
     cty::c_void,
-    helpers::generated::{bpf_get_netns_cookie, bpf_sk_storage_get, bpf_skc_to_mptcp_sock},
+    helpers::generated::{
+        bpf_get_netns_cookie, bpf_sk_storage_delete, bpf_sk_storage_get, bpf_skc_to_mptcp_sock,
+    },
     macros::{btf_map, btf_tracepoint, cgroup_sockopt, sk_msg, sock_ops},
     programs::{BtfTracePointContext, SkMsgContext, SockOpsContext, SockoptContext},
 };
@@ -151,19 +153,18 @@ fn add(ctx: &SockOpsContext, socket: *mut bpf_sock, end: End, sends: Sends, cred
         sends: sends as u32,
         credit,
     };
-    if WAITING
-        .insert(end, Queue { unread: 0, read: 0 }, 0)
-        .is_err()
-    {
-        return;
-    }
-    let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
-    let told_of_end = ctx.set_cb_flags(flags as i32).is_ok();
-    // SAFETY: the context is valid for the whole run of the program.
-    let added = told_of_end && unsafe { ENDS.add(ctx.ops, end) };
-    if !added {
+    if WAITING.insert(end, Queue { unread: 0, read: 0 }, 0).is_ok() {
+        let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
+        let told_of_end = ctx.set_cb_flags(flags as i32).is_ok();
+        // SAFETY: the context is valid for the whole run of the program.
+        if told_of_end && unsafe { ENDS.add(ctx.ops, end) } {
+            return;
+        }
         let _ = WAITING.remove(end);
     }
+    // It is a plain one, of which nothing is refused.
+    // SAFETY: map and socket are valid, and the value isn't used any more.
+    unsafe { bpf_sk_storage_delete((&raw const END_STATES).cast_mut().cast(), socket.cast()) };
 }
 
 /// A subflow must not be taken from the MPTCP connection that it belongs to.

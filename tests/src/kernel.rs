@@ -9,12 +9,14 @@ pub const LINKS: (u32, u32) = (6, 6);
 /// The first whose verifier has room for the programs with their log.
 pub const TAKES_LOGS: (u32, u32) = (6, 7);
 
-/// Whether it asks programs before anything is taken from a file: Debian's are built so, unless their
-/// machine was started with other security modules.
+/// Whether it asks the agent's program before anything is taken from a file: Debian's are built so,
+/// unless their machine was started with other security modules.
 pub fn asks_programs() -> bool {
     let read = |path| fs::read_to_string(path).unwrap_or_default();
     let modules = read("/sys/kernel/security/lsm");
-    read("/proc/version").contains("Debian") && modules.trim().split(',').any(|name| name == "bpf")
+    cfg!(target_arch = "x86_64")
+        && read("/proc/version").contains("Debian")
+        && modules.trim().split(',').any(|name| name == "bpf")
 }
 
 /// The first two numbers of its release.

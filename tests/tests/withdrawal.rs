@@ -12,7 +12,8 @@ use std::{
     time::Duration,
 };
 
-use malla_testbed::{Capture, Fate, PORT, Pod, Process, SECRET, Scene, eventually, say};
+use malla_testbed::{Capture, Fate, PORT, Pod, Process, SECRET, Scene, Testbed, eventually, say};
+use nix::sys::signal::Signal;
 
 const LIMIT: Duration = Duration::from_secs(10);
 /// Five times what it may take.
@@ -133,19 +134,60 @@ fn what_an_old_agent_carries_goes_on_when_its_pod_leaves_before_or_after_the_upg
 }
 
 #[test]
-fn what_an_old_agent_carries_is_reset_at_the_limit_of_the_withdrawal() {
-    let mut scene = Scene::new("", "").unwrap();
-    scene.bed = scene.bed.with_agent_arguments(["--withdraw-limit", "2s"]);
-    let node = Arc::clone(&scene.a);
-    drop(scene.bed.upgrade_agent(&node).unwrap());
-    let live = open(&scene);
-    let old = scene.bed.upgrade_agent(&node).unwrap();
-    scene.bed.withdraw(&scene.client).unwrap();
-    for mut stream in live {
-        stream.set_read_timeout(Some(LIMIT)).unwrap();
-        let error = stream.read(&mut [0]).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+fn what_an_old_agent_carries_is_reset_at_its_own_limit_and_never_steered_past_it() {
+    // That of the new one is 3 s, and so is that of the old one or a minute.
+    for is_reset in [true, false] {
+        let mut scene = Scene::new("", "").unwrap();
+        let node = Arc::clone(&scene.a);
+        let limited = |bed: Testbed| bed.with_agent_arguments(["--withdraw-limit", "3s"]);
+        if is_reset {
+            scene.bed = limited(scene.bed);
+            drop(scene.bed.upgrade_agent(&node).unwrap());
+        }
+        let mut live = open(&scene);
+        if !is_reset {
+            scene.bed = limited(scene.bed);
+        }
+        let old = scene.bed.upgrade_agent(&node).unwrap();
+        let wire = Capture::start(scene.client.netns(), "eth0").unwrap();
+        scene.bed.withdraw(&scene.client).unwrap();
+        for stream in &mut live {
+            assert_eq!(say(stream, SECRET), Fate::Echoed);
+        }
+        if !is_reset {
+            thread::sleep(Duration::from_secs(5));
+        }
+        for mut stream in live {
+            if is_reset {
+                stream.set_read_timeout(Some(LIMIT)).unwrap();
+                let error = stream.read(&mut [0]).unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+            } else {
+                assert_eq!(say(&mut stream, SECRET), Fate::Echoed);
+            }
+        }
+        assert!(old.wait_ended(LIMIT).unwrap().success());
+        wait_plain(&scene.client);
+        assert!(!wire.contains(SECRET), "plaintext on the wire");
     }
+}
+
+#[test]
+fn a_pod_that_leaves_while_its_agent_ends_passes_by_the_next_ones_start() {
+    let mut scene = Scene::new("", "").unwrap();
+    let node = Arc::clone(&scene.a);
+    let mut live = open(&scene);
+    let ending = scene.bed.agent(&node).process();
+    ending.signal(Signal::SIGTERM).unwrap();
+    ending.wait_for_log("draining", LIMIT).unwrap();
+    scene.bed.withdraw(&scene.client).unwrap();
+    let old = scene.bed.upgrade_agent(&node).unwrap();
+    wait_passed(&scene);
+    thread::sleep(Duration::from_secs(1));
+    for stream in &mut live {
+        assert_eq!(say(stream, b"what goes on"), Fate::Echoed);
+    }
+    drop(live);
     assert!(old.wait_ended(LIMIT).unwrap().success());
     wait_plain(&scene.client);
 }

@@ -115,10 +115,11 @@ impl Acceleration {
             Ok(programs) => programs,
             Err(error) => return (Verdict::failed(error.to_string()), None),
         };
-        let known = self.cache.read();
+        let refuses_splices = programs.refuse_splices();
+        let known = self.cache.read(refuses_splices);
         let verdict = known.unwrap_or_else(|| {
             let verdict = self_test::run(&mut programs, &self.folders.own_cgroup);
-            self.cache.write(&verdict);
+            self.cache.write(&verdict, refuses_splices);
             verdict
         });
         if verdict.failure.is_some() {

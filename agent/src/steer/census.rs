@@ -13,7 +13,7 @@ use std::{
 };
 
 use super::{
-    Pod,
+    Netns, Pod,
     diag::{self, DESCRIPTION, HEADER, NLM_F_DUMP, NLM_F_REQUEST},
 };
 use crate::ledger::{Ends, KernelSocket};
@@ -27,6 +27,7 @@ const REQUEST: usize = 60;
 /// `NEW_SYN_RECV`.
 const STATES: u32 = 0xfff & !(1 << 6) & !(1 << 7);
 const TCP_LISTEN: u8 = 10;
+const INET_DIAG_CGROUP_ID: u16 = 21;
 
 /// Asks for those of `pod`. One that comes or goes meanwhile may be in it or not, or twice.
 pub fn sockets_of(pod: &Pod) -> io::Result<Vec<KernelSocket>> {
@@ -51,10 +52,36 @@ fn ask<T, C: Default + Extend<T>>(
     of: impl Fn(&Described) -> Option<T>,
 ) -> io::Result<C> {
     let mut found = C::default();
-    diag::dump(question, &request(), |described| {
+    diag::dump(question, &request(), |described, _| {
         found.extend(of(described));
     })?;
     Ok(found)
+}
+
+/// Whether one of these agents has a connection in a netns. They are known by their cgroups, which
+/// the kernel tells of each socket (Linux 5.7).
+pub fn has_of_agents(netns: &Netns, home: &Netns, agents: &[u64]) -> io::Result<bool> {
+    let question = netns.enter(home, diag::netlink)??;
+    let mut found = false;
+    diag::dump(&question, &request(), |described, attributes| {
+        let connection = socket(described).filter(|socket| !socket.listens);
+        let cgroup = connection.and_then(|_| cgroup_of(attributes));
+        found |= cgroup.is_some_and(|cgroup| agents.contains(&cgroup));
+    })?;
+    Ok(found)
+}
+
+/// The cgroup's id among a socket's attributes (`struct nlattr`, which begin at multiples of four).
+fn cgroup_of(mut attributes: &[u8]) -> Option<u64> {
+    while let Some(([l0, l1, k0, k1], rest)) = attributes.split_first_chunk() {
+        let length = usize::from(u16::from_ne_bytes([*l0, *l1]));
+        let value = rest.get(..length.checked_sub(4)?)?;
+        if u16::from_ne_bytes([*k0, *k1]) == INET_DIAG_CGROUP_ID {
+            return Some(u64::from_ne_bytes(value.try_into().ok()?));
+        }
+        attributes = attributes.get(length.next_multiple_of(4)..)?;
+    }
+    None
 }
 
 /// `struct nlmsghdr`, `struct inet_diag_req`.
@@ -117,6 +144,24 @@ mod tests {
         let descriptor = socket.as_fd().try_clone_to_owned().unwrap();
         let metadata = std::fs::File::from(descriptor).metadata().unwrap();
         u32::try_from(metadata.ino()).unwrap()
+    }
+
+    #[test]
+    fn a_connection_is_known_by_the_cgroup_that_made_it() {
+        // That of the second version, which is the only one or is mounted beside the first.
+        let own = std::fs::read_to_string("/proc/self/cgroup").unwrap();
+        let own = own
+            .lines()
+            .find_map(|line| line.strip_prefix("0::"))
+            .unwrap();
+        let roots = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"];
+        let metadata = roots.map(|root| std::fs::metadata(format!("{root}{own}")));
+        let own = metadata.into_iter().find_map(Result::ok).unwrap().ino();
+        let home = Netns::current().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        assert!(has_of_agents(&home, &home, &[own, 1 << 40]).unwrap());
+        assert!(!has_of_agents(&home, &home, &[1 << 40]).unwrap());
     }
 
     #[test]

@@ -88,10 +88,11 @@ impl Charge {
         }
     }
 
-    /// Whether any other agent lives.
-    pub fn has_others(&self) -> bool {
-        let living = cgroup::living_agents(&self.cgroups);
-        living.iter().any(|agent| *agent != self.own.0)
+    /// The other agents that live on this node.
+    pub fn others(&self) -> Vec<u64> {
+        let mut living = cgroup::living_agents(&self.cgroups);
+        living.retain(|agent| *agent != self.own.0);
+        living
     }
 
     /// Whether another agent lives that is about to take charge.

@@ -84,18 +84,18 @@ pub fn listening_ports() -> io::Result<Vec<u16>> {
     let fd = netlink()?;
     let mut ports = Vec::new();
     for family in [libc::AF_INET, libc::AF_INET6] {
-        dump(&fd, &dump_of_listeners(family), |described| {
+        dump(&fd, &dump_of_listeners(family), |described, _| {
             ports.push(u16::from_be_bytes([described[4], described[5]]));
         })?;
     }
     Ok(ports)
 }
 
-/// Asks for many sockets; `each` gets what describes one (`struct inet_diag_msg`).
+/// Asks for many sockets; `each` gets what describes one (`struct inet_diag_msg`), and its attributes.
 pub(super) fn dump(
     fd: &OwnedFd,
     question: &[u8],
-    mut each: impl FnMut(&[u8; DESCRIPTION]),
+    mut each: impl FnMut(&[u8; DESCRIPTION], &[u8]),
 ) -> io::Result<()> {
     send(fd.as_raw_fd(), question, MsgFlags::empty())?;
     let mut piece = vec![0; PIECE];
@@ -122,7 +122,10 @@ fn dump_of_listeners(family: libc::c_int) -> [u8; HEADER + REQUEST] {
 }
 
 /// Gives away what a piece of a dump describes. Whether it was the last one.
-fn read_piece(mut piece: &[u8], each: &mut impl FnMut(&[u8; DESCRIPTION])) -> io::Result<bool> {
+fn read_piece(
+    mut piece: &[u8],
+    each: &mut impl FnMut(&[u8; DESCRIPTION], &[u8]),
+) -> io::Result<bool> {
     while let Some((header, _)) = piece.split_first_chunk::<HEADER>() {
         let [l0, l1, l2, l3, k0, k1, ..] = *header;
         let length = u32::from_ne_bytes([l0, l1, l2, l3]) as usize;
@@ -138,8 +141,8 @@ fn read_piece(mut piece: &[u8], each: &mut impl FnMut(&[u8; DESCRIPTION])) -> io
                 return Err(io::Error::from_raw_os_error(-code));
             }
             _ => {
-                if let Some(described) = message.first_chunk() {
-                    each(described);
+                if let Some((described, attributes)) = message.split_first_chunk() {
+                    each(described, attributes);
                 }
             }
         }

@@ -5,7 +5,7 @@ use std::{
     net::IpAddr,
 };
 
-use malla_common::Address;
+use malla_common::{Address, pod_flags};
 
 use super::{programs::Maps, rules::PodRules};
 
@@ -28,6 +28,19 @@ impl Inherited {
             found.entry(pod).or_default().rules = rules;
         }
         found
+    }
+
+    /// Lets new connections pass.
+    pub fn let_pass(&self, maps: &mut Maps) {
+        for address in &self.addresses {
+            let address = Address::from(*address);
+            if let Ok(mut entry) = maps.pods.get(&address, 0)
+                && entry.flags & pod_flags::WITHDRAWN == 0
+            {
+                entry.flags |= pod_flags::WITHDRAWN;
+                let _ = maps.pods.insert(address, entry, 0);
+            }
+        }
     }
 
     /// Takes the entries out of the maps.

@@ -240,11 +240,6 @@ impl Steering {
         self.charge.is_lost()
     }
 
-    /// Whether other agents live on this node: they may carry connections of its pods.
-    pub fn has_others(&self) -> bool {
-        self.charge.has_others()
-    }
-
     /// Whether another agent is about to take over.
     pub fn has_successor(&self) -> bool {
         self.charge.has_successor()

@@ -4,50 +4,98 @@
 //! Links, pins, rules and map entries belong to the pod, not to an agent: they go when the pod
 //! leaves the mesh or is gone, whoever made them.
 
-use std::{collections::HashSet, path::Path, sync::Arc};
+use std::{collections::HashSet, path::Path, sync::Arc, time::Duration};
+
+use tokio::time::{Instant, sleep};
 
 use super::{
     Books, Steering, attach,
+    census::has_of_agents,
     enrolment::Enrolment,
     inherited::Inherited,
     links, lock,
     netns::Netns,
     network::Network,
+    on_blocking_thread,
     record::{self, Record},
 };
 use crate::model::WorkloadId;
 
+/// How long connections of other agents are waited for that end at this moment as well. They react
+/// to the same word, and not at the same time.
+const OTHERS_PATIENCE: Duration = Duration::from_secs(1);
+const LOOK_AFTER_OTHERS: Duration = Duration::from_millis(20);
+
 impl Steering {
+    /// Whether another agent of this node has connections in a pod's netns, which need what was set
+    /// up for it.
+    pub async fn others_carry(&self, netns: &Arc<Netns>) -> bool {
+        let others = self.charge.others();
+        if others.is_empty() {
+            return false;
+        }
+        let (netns, home) = (Arc::clone(netns), Arc::clone(&self.home));
+        let found = on_blocking_thread(move || has_of_agents(&netns, &home, &others)).await;
+        // Where the kernel doesn't say, nothing is taken away from under them.
+        found.unwrap_or(true)
+    }
+
+    async fn wait_for_others(&self, netns: &Arc<Netns>) {
+        let end = Instant::now() + OTHERS_PATIENCE;
+        while Instant::now() < end && self.others_carry(netns).await {
+            sleep(LOOK_AFTER_OTHERS).await;
+        }
+    }
+
     /// Restores the plain networking of a pod and forgets it.
     pub async fn withdraw(&self, enrolment: Enrolment) {
         let number = enrolment.pod().id;
         self.forget_owner(enrolment.workload());
+        self.wait_for_others(&enrolment.pod().netns).await;
         enrolment.withdraw().await;
         self.books().numbers.remove(&number);
     }
 
-    /// Takes away whatever is left of a workload that isn't enrolled.
-    pub async fn remove(&self, workload: &WorkloadId) {
+    /// Takes away whatever is left of a workload that isn't enrolled; what another agent's connections
+    /// need stays, and new ones pass. Whether nothing stays.
+    pub async fn remove(&self, workload: &WorkloadId) -> bool {
         self.forget_owner(workload);
+        let mut all = true;
         for folder in record::folders(&self.links, workload) {
-            self.take_away(&folder).await;
+            let carried = self.carried(&folder).await;
+            match carried {
+                Some(pod) => self.let_pass(pod),
+                None => self.take_away(&folder).await,
+            }
+            all &= carried.is_none();
         }
+        all
     }
 
-    /// Takes away what an earlier agent left of workloads that `keep` doesn't hold.
+    /// Takes away what earlier agents left of workloads that `keep` doesn't hold, but for what other
+    /// agents' connections need: that stays where `may_stay` allows it. Whether nothing stays.
     pub async fn remove_leftovers(
         &self,
-        mut keep: impl FnMut(&WorkloadId, Option<&Record>) -> bool,
-    ) {
-        let mut kept = HashSet::new();
+        keep: impl Fn(&WorkloadId) -> bool,
+        may_stay: impl Fn(&Record) -> bool,
+    ) -> bool {
+        let (mut kept, mut all) = (HashSet::new(), true);
         for (workload, folder) in record::all(&self.links) {
             let record = Record::read(&folder);
-            if keep(&workload, record.as_ref()) {
+            if keep(&workload) {
                 kept.extend(record.map(|record| record.pod));
-            } else {
-                tracing::info!(%workload, "removing what is left of a workload that is gone");
-                self.take_away(&folder).await;
+                continue;
             }
+            if record.as_ref().is_some_and(&may_stay)
+                && let Some(pod) = self.carried(&folder).await
+            {
+                self.let_pass(pod);
+                kept.insert(pod);
+                all = false;
+                continue;
+            }
+            tracing::info!(%workload, "removing what is left of a workload that is gone");
+            self.take_away(&folder).await;
         }
         let mut books = self.books();
         let Books {
@@ -57,6 +105,22 @@ impl Steering {
         for (pod, entries) in inherited.extract_if(|pod, _| !kept.contains(pod)) {
             numbers.remove(&pod);
             entries.remove(programs.maps());
+        }
+        all
+    }
+
+    /// The number of the pod whose pins are in `folder`, where another agent has connections of it.
+    async fn carried(&self, folder: &Path) -> Option<u32> {
+        let record = Record::read(folder)?;
+        let netns = Arc::new(reopen(&record)?);
+        self.others_carry(&netns).await.then_some(record.pod)
+    }
+
+    fn let_pass(&self, pod: u32) {
+        let mut programs = lock(&self.programs);
+        let maps = programs.maps();
+        if let Some(entries) = Inherited::all(maps).remove(&pod) {
+            entries.let_pass(maps);
         }
     }
 
@@ -84,7 +148,9 @@ impl Steering {
             return;
         };
         if let Some(netns) = reopen(&record) {
-            let network = Network::of(&Arc::new(netns), &self.home);
+            let netns = Arc::new(netns);
+            self.wait_for_others(&netns).await;
+            let network = Network::of(&netns, &self.home);
             if !restore(folder, &record, &network).await {
                 return;
             }

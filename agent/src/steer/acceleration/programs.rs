@@ -54,7 +54,7 @@ pub(super) struct AccelerationPrograms {
     guards: Accounted<OwnedFd>,
     _counts: Accounted<OwnedFd>,
     /// None where the kernel has no programs for security modules: the self-test finds out what comes of it.
-    _splice_guard: Option<Accounted<OwnedFd>>,
+    splice_guard: Option<Accounted<OwnedFd>>,
     /// While no descriptor of it is open, the kernel forgets which program it has.
     ends: Accounted<OwnedFd>,
     tags: Accounted<OwnedFd>,
@@ -99,7 +99,7 @@ impl AccelerationPrograms {
             adds: accounted(adds),
             guards: accounted(guards),
             _counts: accounted(counts),
-            _splice_guard: splice_guard.map(accounted),
+            splice_guard: splice_guard.map(accounted),
             ends: accounted(ends),
             tags: accounted(map(&mut ebpf, "TAGS")?),
             waiting: accounted(map(&mut ebpf, "WAITING")?),
@@ -117,6 +117,11 @@ impl AccelerationPrograms {
         let adding = links::create(&*self.adds, Target::SocketEvents(&cgroup))?;
         self.adding = Some(accounted(adding));
         Ok(())
+    }
+
+    /// Whether the kernel has taken the program that refuses splices, be it asked or not.
+    pub(super) fn refuse_splices(&self) -> bool {
+        self.splice_guard.is_some()
     }
 
     /// Leaves the cgroup.

@@ -110,6 +110,7 @@ pub(super) struct Cache {
 struct Cached {
     boot: String,
     version: String,
+    refuses_splices: bool,
     verdict: Verdict,
 }
 
@@ -120,17 +121,21 @@ impl Cache {
         }
     }
 
-    pub(super) fn read(&self) -> Option<Verdict> {
+    /// What was found of programs that refuse splices, or of ones that don't.
+    pub(super) fn read(&self, refuses_splices: bool) -> Option<Verdict> {
         let cached: Cached = serde_json::from_slice(&fs::read(&self.path).ok()?).ok()?;
-        let is_ours = cached.boot == boot() && cached.version == version();
+        let is_ours = cached.boot == boot()
+            && cached.version == version()
+            && cached.refuses_splices == refuses_splices;
         is_ours.then_some(cached.verdict)
     }
 
     /// Without it the next agent tries again.
-    pub(super) fn write(&self, verdict: &Verdict) {
+    pub(super) fn write(&self, verdict: &Verdict, refuses_splices: bool) {
         let cached = Cached {
             boot: boot(),
             version: version().to_owned(),
+            refuses_splices,
             verdict: verdict.clone(),
         };
         let written = serde_json::to_vec(&cached)
@@ -188,16 +193,17 @@ mod tests {
     fn a_verdict_holds_until_the_machine_or_the_agent_is_another() {
         let folder = ScratchFolder::new();
         let cache = Cache::new(folder.path());
-        assert_eq!(cache.read(), None);
-        cache.write(&sound(&["splice"]));
-        assert_eq!(cache.read(), Some(sound(&["splice"])));
+        assert_eq!(cache.read(false), None);
+        cache.write(&sound(&["splice"]), false);
+        assert_eq!(cache.read(false), Some(sound(&["splice"])));
+        assert_eq!(cache.read(true), None);
         let text = fs::read_to_string(&cache.path).unwrap();
         let other_boot = text.replacen(boot().trim(), "another", 1);
         let other_version = text.replacen(version(), "0.0.0-other", 1);
         for other in [other_boot, other_version, "{".to_owned()] {
             assert_ne!(other, text);
             fs::write(&cache.path, other).unwrap();
-            assert_eq!(cache.read(), None);
+            assert_eq!(cache.read(false), None);
         }
     }
 }

@@ -29,7 +29,7 @@ pub use self::{
     queues::{Credit, Queues},
     verdict::{InForce, Verdict},
 };
-use super::on_blocking_thread;
+use super::{netns::Netns, on_blocking_thread};
 use crate::{
     ledger::Entry,
     model::{Accelerate, Node},
@@ -65,7 +65,13 @@ enum State {
 }
 
 impl Acceleration {
-    pub(super) fn new(node: &Node, mode: Accelerate, maps: &Path, own_cgroup: &Path) -> Self {
+    pub(super) fn new(
+        node: &Node,
+        mode: Accelerate,
+        maps: &Path,
+        own_cgroup: &Path,
+        home: Arc<Netns>,
+    ) -> Self {
         Self {
             node: mode,
             folders: Folders {
@@ -76,7 +82,7 @@ impl Acceleration {
             cache: Cache::new(&node.runtime),
             state: Mutex::new(State::Unasked),
             tags: Arc::default(),
-            queues: Arc::default(),
+            queues: Arc::new(Queues::new(home)),
         }
     }
 
@@ -129,7 +135,7 @@ impl Acceleration {
         match attached.and_then(|()| Ok((programs.tags()?, programs.queues()?))) {
             Ok((tags, maps)) => {
                 // Before the first connection is.
-                self.queues.fill(maps);
+                self.queues.fill(maps, verdict.tells_memory);
                 *self.tags.map() = Some(tags);
                 (verdict, Some(Box::new(programs)))
             }

@@ -65,23 +65,11 @@ pub fn has_of_agents(netns: &Netns, home: &Netns, agents: &[u64]) -> io::Result<
     let mut found = false;
     diag::dump(&question, &request(), |described, attributes| {
         let connection = socket(described).filter(|socket| !socket.listens);
-        let cgroup = connection.and_then(|_| cgroup_of(attributes));
-        found |= cgroup.is_some_and(|cgroup| agents.contains(&cgroup));
+        let cgroup = connection.and_then(|_| diag::attribute(attributes, INET_DIAG_CGROUP_ID));
+        let id = cgroup.and_then(|id| Some(u64::from_ne_bytes(*id.first_chunk()?)));
+        found |= id.is_some_and(|id| agents.contains(&id));
     })?;
     Ok(found)
-}
-
-/// The cgroup's id among a socket's attributes (`struct nlattr`, which begin at multiples of four).
-fn cgroup_of(mut attributes: &[u8]) -> Option<u64> {
-    while let Some(([l0, l1, k0, k1], rest)) = attributes.split_first_chunk() {
-        let length = usize::from(u16::from_ne_bytes([*l0, *l1]));
-        let value = rest.get(..length.checked_sub(4)?)?;
-        if u16::from_ne_bytes([*k0, *k1]) == INET_DIAG_CGROUP_ID {
-            return Some(u64::from_ne_bytes(value.try_into().ok()?));
-        }
-        attributes = attributes.get(length.next_multiple_of(4)..)?;
-    }
-    None
 }
 
 /// `struct nlmsghdr`, `struct inet_diag_req`.

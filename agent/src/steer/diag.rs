@@ -27,6 +27,8 @@ const IPPROTO_TCP: u8 = 6;
 const TCP_SYN_RECV: u8 = 3;
 const TCP_TIME_WAIT: u8 = 6;
 const TCP_LISTEN: u8 = 10;
+/// Of its attributes.
+const INET_DIAG_SKMEMINFO: u16 = 7;
 /// Sizes of `struct nlmsghdr`, `struct inet_diag_req_v2` and `struct inet_diag_msg`.
 pub(super) const HEADER: usize = 16;
 const REQUEST: usize = 56;
@@ -162,6 +164,41 @@ pub(super) fn netlink() -> io::Result<OwnedFd> {
     )?)
 }
 
+/// How many bytes of memory wait at a connection's end to be read, asked by `fd` in its netns. None
+/// where there is no such connection, or the kernel doesn't say.
+pub(super) fn memory_to_read(fd: &OwnedFd, local: SocketAddr, remote: SocketAddr) -> Option<u32> {
+    let mut question = request(local, remote);
+    question[HEADER + 2] = 1 << (INET_DIAG_SKMEMINFO - 1);
+    send(fd.as_raw_fd(), &question, MsgFlags::empty()).ok()?;
+    let mut answer = [0; 1024];
+    let length = recv(fd.as_raw_fd(), &mut answer, MsgFlags::empty()).ok()?;
+    let mut memory = None;
+    let described = |described: &[u8; DESCRIPTION], attributes: &[u8]| {
+        // The kernel answers with a listener where it finds no connection.
+        if described[1] == TCP_LISTEN {
+            return;
+        }
+        // The first of `enum sk_meminfo_vars` is what is received.
+        let value = attribute(attributes, INET_DIAG_SKMEMINFO);
+        memory = value.and_then(|value| Some(u32::from_ne_bytes(*value.first_chunk()?)));
+    };
+    read_piece(&answer[..length], &mut { described }).ok()?;
+    memory
+}
+
+/// One of a socket's attributes (`struct nlattr`, which begin at multiples of four).
+pub(super) fn attribute(mut attributes: &[u8], wanted: u16) -> Option<&[u8]> {
+    while let Some(([l0, l1, k0, k1], rest)) = attributes.split_first_chunk() {
+        let length = usize::from(u16::from_ne_bytes([*l0, *l1]));
+        let value = rest.get(..length.checked_sub(4)?)?;
+        if u16::from_ne_bytes([*k0, *k1]) == wanted {
+            return Some(value);
+        }
+        attributes = attributes.get(length.next_multiple_of(4)..)?;
+    }
+    None
+}
+
 /// The exact question: `struct nlmsghdr`, `struct inet_diag_req_v2`.
 fn request(local: SocketAddr, remote: SocketAddr) -> [u8; HEADER + REQUEST] {
     let mut bytes = [0; HEADER + REQUEST];
@@ -216,7 +253,10 @@ fn held(answer: &[u8]) -> Held {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{TcpListener, TcpStream};
+    use std::{
+        io::{Read, Write},
+        net::{TcpListener, TcpStream},
+    };
 
     use super::*;
 
@@ -235,6 +275,25 @@ mod tests {
             assert!(found.contains(&port), "{listener:?}");
         }
         assert!(!found.contains(&client.local_addr().unwrap().port()));
+    }
+
+    #[test]
+    fn what_waits_to_be_read_is_known_by_its_memory() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = TcpListener::bind(address).unwrap();
+            let server = listener.local_addr().unwrap();
+            let client = TcpStream::connect(server).unwrap();
+            let (mut accepted, peer) = listener.accept().unwrap();
+            let fd = netlink().unwrap();
+            assert_eq!(memory_to_read(&fd, server, peer), Some(0), "{address}");
+            (&client).write_all(&[1; 5000]).unwrap();
+            accepted.peek(&mut [0]).unwrap();
+            assert!(memory_to_read(&fd, server, peer) >= Some(5000));
+            accepted.read_exact(&mut [0; 5000]).unwrap();
+            assert_eq!(memory_to_read(&fd, server, peer), Some(0));
+            let other = SocketAddr::new(server.ip(), 1);
+            assert_eq!(memory_to_read(&fd, server, other), None);
+        }
     }
 
     #[test]

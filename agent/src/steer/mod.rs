@@ -152,7 +152,7 @@ impl Steering {
             return Err(SteeringError::Occupied(holder));
         }
         let cgroup = cgroup::enter_child_of(&node.cgroup)?;
-        let home = Netns::current().map_err(SteeringError::Home)?;
+        let home = Arc::new(Netns::current().map_err(SteeringError::Home)?);
         let mut programs = Programs::load(&node.bpffs, ebpf_log::level(log), method)?;
         let map = |name| move |source| ProgramsError::Map { name, source };
         let maps = programs.maps();
@@ -199,12 +199,18 @@ impl Steering {
             ..Books::default()
         };
         let maps_folder = programs.maps_folder();
-        let acceleration = Acceleration::new(node, accelerate, maps_folder, &cgroup.path);
+        let acceleration = Acceleration::new(
+            node,
+            accelerate,
+            maps_folder,
+            &cgroup.path,
+            Arc::clone(&home),
+        );
         let programs = Arc::new(Mutex::new(programs));
         let steering = Self {
             attacher: Attacher::new(&programs),
             programs,
-            home: Arc::new(home),
+            home,
             cgroup,
             charge,
             links,

@@ -6,7 +6,7 @@ use std::{
     io,
     num::ParseIntError,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::fs::{MetadataExt, OpenOptionsExt},
     },
     path::Path,
@@ -94,6 +94,18 @@ impl Netns {
         Self::open(&found.next()?)
             .ok()
             .filter(|netns| netns.id == id)
+    }
+
+    /// The one that a socket is in (`ioctl_ns(2)`, with `CAP_NET_ADMIN` in it).
+    pub fn of_socket(socket: impl AsFd) -> io::Result<Self> {
+        const SIOCGSKNS: libc::Ioctl = 0x894c;
+        // SAFETY: a call without arguments in memory, on an open descriptor.
+        let fd = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), SIOCGSKNS) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just made this descriptor for us.
+        Self::from_file(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
     fn from_file(file: File) -> io::Result<Self> {

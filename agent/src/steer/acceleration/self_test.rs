@@ -16,7 +16,7 @@ use malla_common::acceleration::{Event, Tag};
 use nix::errno::Errno;
 use socket2::{Domain, SockRef, Socket, Type};
 
-use crate::ledger::Entry;
+use crate::{ledger::Entry, steer::diag};
 
 use super::{
     programs::{AccelerationPrograms, LoadError},
@@ -45,11 +45,8 @@ pub(super) fn run(programs: &mut AccelerationPrograms, own_cgroup: &Path) -> Ver
     programs.detach();
     // Users want to know of their own connections.
     let forgotten = programs.reset_events().map_err(|error| error.to_string());
-    match tried.and_then(|limits| forgotten.map(|()| limits)) {
-        Ok(limits) => Verdict {
-            failure: None,
-            limits,
-        },
+    match tried.and_then(|verdict| forgotten.map(|()| verdict)) {
+        Ok(verdict) => verdict,
         Err(failure) => Verdict::failed(failure),
     }
 }
@@ -93,7 +90,7 @@ impl<'a> Bench<'a> {
     }
 
     /// What an app may notice, or what fails.
-    fn verdict(mut self) -> Tried<Vec<String>> {
+    fn verdict(mut self) -> Tried<Verdict> {
         let checks: [(&str, Check<'a>); 5] = [
             ("order", Self::order),
             ("bytes", Self::bulk),
@@ -120,7 +117,11 @@ impl<'a> Bench<'a> {
                 found.push(limit.to_owned());
             }
         }
-        Ok(found)
+        Ok(Verdict {
+            failure: None,
+            limits: found,
+            tells_memory: self.tells_memory()?,
+        })
     }
 
     /// How many directions were redirected, and how many went by TCP or over to it.
@@ -308,6 +309,22 @@ impl<'a> Bench<'a> {
             }
         }
         Ok(true)
+    }
+
+    /// Whether the memory of what was redirected counts as the socket's until it is read.
+    fn tells_memory(&mut self) -> Tried<bool> {
+        let (app, agent) = self.pair()?;
+        let ask = || -> io::Result<Option<u32>> {
+            let question = diag::netlink()?;
+            let (local, remote) = (app.local_addr()?, app.peer_addr()?);
+            Ok(diag::memory_to_read(&question, local, remote))
+        };
+        let ask = || ask().map_err(|error| format!("no answer about a socket: {error}"));
+        let mut bytes = [1; 5000];
+        send(&agent, &bytes)?;
+        let waiting = ask()?;
+        receive(&app, &mut bytes)?;
+        Ok(waiting >= Some(5000) && ask()? == Some(0))
     }
 
     /// Whether FIONREAD tells of what was redirected.

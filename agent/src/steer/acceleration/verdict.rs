@@ -16,6 +16,8 @@ pub struct Verdict {
     pub failure: Option<String>,
     /// What an app can notice all the same, by the words of [`limits`].
     pub limits: Vec<String>,
+    /// Whether the memory of what was redirected counts as the socket's (Linux 6.14).
+    pub tells_memory: bool,
 }
 
 /// What an app that is accelerated may notice.
@@ -34,6 +36,7 @@ impl Verdict {
         Self {
             failure: Some(why),
             limits: Vec::new(),
+            tells_memory: false,
         }
     }
 
@@ -165,6 +168,7 @@ mod tests {
         Verdict {
             failure: None,
             limits: limits.iter().map(|word| (*word).to_owned()).collect(),
+            tells_memory: true,
         }
     }
 

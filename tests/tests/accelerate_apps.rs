@@ -318,7 +318,7 @@ fn haproxy_carries_bytes_between_accelerated_connections_and_splices_where_it_ma
     let _haproxy = proxy.spawn(command).unwrap();
     proxy.wait_listening(PORT).unwrap();
     let listener = listen(&server, BEHIND).unwrap();
-    for turn in 0..30 {
+    for turn in 0..12 {
         let left = Polled::new(client.connect((proxy.v4(), PORT)).unwrap()).unwrap();
         let right = Polled::new(accept(&listener).unwrap()).unwrap();
         thread::scope(|scope| {

@@ -39,7 +39,6 @@ const CHOSEN: &[Chosen] = &[
         file: "accelerate",
         since: ACCELERATES,
         tests: &[
-            "messages_stay_redirected_in_both_families",
             "bulk_data_is_exact_whether_its_reader_keeps_up_or_not",
             "a_reset_is_a_reset_on_either_side",
             "a_writer_whose_reader_stalls_is_stopped",

@@ -29,6 +29,10 @@ use crate::{
 /// How many pods are enrolled at a time. More would only wait for each other in the kernel.
 const AT_A_TIME: usize = 16;
 
+/// How long other agents' connections in a pod's netns aren't asked for again: each question walks the
+/// kernel's whole table.
+const ASK_AGAIN: Duration = Duration::from_secs(2);
+
 /// What is served on this node.
 pub struct Pods {
     node: String,
@@ -44,6 +48,8 @@ pub struct Pods {
     withdraw_limit: Duration,
     /// Whether there may be something of workloads that aren't enrolled.
     has_leftovers: bool,
+    /// When that is looked at again.
+    ask_at: Instant,
     /// What the kernel has told of since the last audit.
     touched: HashSet<Event>,
 }
@@ -67,6 +73,8 @@ struct Leaving {
     pod: Enrolled,
     /// When its connections end at the latest.
     end: Instant,
+    /// When the kernel is asked again whether other agents have some.
+    ask_at: Instant,
     /// Whether they have, so that only other agents' go on.
     is_cut: bool,
 }
@@ -89,6 +97,7 @@ impl Pods {
             failed: HashMap::new(),
             withdraw_limit,
             has_leftovers: true,
+            ask_at: Instant::now(),
             touched: HashSet::new(),
         }
     }
@@ -119,9 +128,11 @@ impl Pods {
     /// Takes away what earlier agents left of workloads that aren't this node's any more, as soon as
     /// nobody has connections that need it. What another workload is to have must go before.
     pub async fn remove_leftovers(&mut self, mesh: &Mesh) {
-        if !self.has_leftovers {
+        let now = Instant::now();
+        if !self.has_leftovers || now < self.ask_at || self.steering.has_successor() {
             return;
         }
+        self.ask_at = now + ASK_AGAIN;
         let present = || mesh.enrolled_on(&self.node);
         let ids: HashSet<&WorkloadId> = present().map(|workload| &workload.id).collect();
         let keep = |id: &WorkloadId| ids.contains(id) || self.leaving.contains_key(id);
@@ -133,6 +144,7 @@ impl Pods {
         for workload in changes.removed {
             self.withdraw(&workload).await;
         }
+        self.end_withdrawals().await;
         let mut to_enrol = changes.added;
         for changed in changes.reenrolled {
             self.cut(&changed.old).await;
@@ -315,8 +327,13 @@ impl Pods {
         };
         let (mut pod, is_cut) = (leaving.pod, leaving.is_cut);
         let is_same = pod.workload.has_same_enrolment(workload);
-        if is_cut || !is_same || !pod.enrolment.netns_is_there() {
+        if !is_same || !pod.enrolment.netns_is_there() {
             self.end(pod).await;
+            return false;
+        }
+        if is_cut {
+            // Another agent's connections go on, and need what is there.
+            self.steering.let_go(pod.enrolment);
             return false;
         }
         pod.workload = Arc::clone(workload);
@@ -358,24 +375,29 @@ impl Pods {
         let leaving = Leaving {
             pod,
             end: Instant::now() + self.withdraw_limit,
+            ask_at: Instant::now(),
             is_cut: false,
         };
         self.leaving.insert(workload.id.clone(), leaving);
         self.workers.hand_over(&handed_over).await;
-        self.end_withdrawals().await;
     }
 
     async fn end_withdrawals(&mut self) {
+        // One that takes over does it from what is recorded, and may have begun.
+        if self.steering.has_successor() || self.steering.is_superseded() {
+            return;
+        }
         let now = Instant::now();
         let mut over = Vec::new();
         for (id, leaving) in &mut self.leaving {
             let (pod, is_late) = (&leaving.pod, now >= leaving.end);
             if pod.enrolment.netns_is_there() {
-                if !is_late && pod.connections.count() > 0 {
+                if (!is_late && pod.connections.count() > 0) || now < leaving.ask_at {
                     continue;
                 }
                 let steered = pod.enrolment.pod();
                 if self.steering.others_carry(&steered.netns).await {
+                    leaving.ask_at = now + ASK_AGAIN;
                     if is_late && !std::mem::replace(&mut leaving.is_cut, true) {
                         self.workers.remove(steered).await;
                     }

@@ -173,6 +173,38 @@ fn what_an_old_agent_carries_is_reset_at_its_own_limit_and_never_steered_past_it
 }
 
 #[test]
+fn a_pod_that_comes_back_keeps_what_an_old_agent_carries_longer_than_the_new_one_would() {
+    let mut scene = Scene::new("", "").unwrap();
+    let node = Arc::clone(&scene.a);
+    let mut live = open(&scene);
+    scene.bed = scene.bed.with_agent_arguments(["--withdraw-limit", "1s"]);
+    let old = scene.bed.upgrade_agent(&node).unwrap();
+    scene.bed.withdraw(&scene.client).unwrap();
+    wait_passed(&scene);
+    thread::sleep(Duration::from_secs(5));
+    let wire = Capture::start(scene.client.netns(), "eth0").unwrap();
+    scene.bed.write_mesh().unwrap();
+    let enrolled = || {
+        for stream in &mut live {
+            assert_eq!(say(stream, SECRET), Fate::Echoed);
+        }
+        scene
+            .metrics(&scene.a)
+            .unwrap()
+            .syns("outbound", "steered", "meshed")
+            > 0.0
+            && scene.client.caller().call((scene.server.v4(), PORT)) == Fate::Echoed
+    };
+    eventually("the pod to be meshed again", LIMIT, enrolled).unwrap();
+    for stream in &mut live {
+        assert_eq!(say(stream, SECRET), Fate::Echoed);
+    }
+    assert!(!wire.contains(SECRET), "plaintext on the wire");
+    drop(live);
+    assert!(old.wait_ended(LIMIT).unwrap().success());
+}
+
+#[test]
 fn a_pod_that_leaves_while_its_agent_ends_passes_by_the_next_ones_start() {
     let mut scene = Scene::new("", "").unwrap();
     let node = Arc::clone(&scene.a);

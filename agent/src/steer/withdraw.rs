@@ -56,6 +56,14 @@ impl Steering {
         self.books().numbers.remove(&number);
     }
 
+    /// Forgets an enrolment and leaves all that was set up as it is, for the pod's next one.
+    pub fn let_go(&self, enrolment: Enrolment) {
+        let pod = enrolment.pod().id;
+        drop(enrolment);
+        let left = Inherited::all(lock(&self.programs).maps()).remove(&pod);
+        self.books().inherited.insert(pod, left.unwrap_or_default());
+    }
+
     /// Takes away whatever is left of a workload that isn't enrolled; what another agent's connections
     /// need stays, and new ones pass. Whether nothing stays.
     pub async fn remove(&self, workload: &WorkloadId) -> bool {

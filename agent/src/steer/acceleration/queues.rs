@@ -39,6 +39,10 @@ const CREDIT: i64 = acceleration::CREDIT as i64;
 /// most.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
+/// After how long the kernel is asked for what the app has to read, and how often at most from then
+/// on: that takes a dozen system calls.
+const FIRST_QUESTION: Duration = Duration::from_millis(100);
+const BETWEEN_QUESTIONS: Duration = Duration::from_secs(2);
 
 /// The maps of what is redirected.
 #[derive(Debug)]
@@ -195,21 +199,23 @@ impl Credit {
                 None => self.by_tcp = true,
             }
         }
+        let (mut waited, mut ask_at) = (Duration::ZERO, FIRST_QUESTION);
         while self.left() == 0 {
-            match self.queues.queue(&peer) {
-                Some(queue)
-                    if self.waits(&queue)
-                        && self.queues.is_open(&peer)
-                        && (pause < LONGEST_PAUSE || !self.queues.is_read(socket)) =>
-                {
-                    sleep(pause).await;
-                    pause = (pause * 2).min(LONGEST_PAUSE);
-                }
-                _ => {
-                    // Without its entry, the kernel redirects nothing more there.
-                    self.queues.forget(&peer);
-                    self.by_tcp = true;
-                }
+            let queue = self.queues.queue(&peer);
+            let mut waits =
+                queue.is_some_and(|queue| self.waits(&queue)) && self.queues.is_open(&peer);
+            if waits && waited >= ask_at {
+                waits = !self.queues.is_read(socket);
+                ask_at = waited + waited.min(BETWEEN_QUESTIONS);
+            }
+            if waits {
+                sleep(pause).await;
+                waited += pause;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            } else {
+                // Without its entry, the kernel redirects nothing more there.
+                self.queues.forget(&peer);
+                self.by_tcp = true;
             }
         }
     }

@@ -320,9 +320,13 @@ impl<'a> Bench<'a> {
             Ok(diag::memory_to_read(&question, local, remote))
         };
         let ask = || ask().map_err(|error| format!("no answer about a socket: {error}"));
+        let (before, _) = self.counts();
         let mut bytes = [1; 5000];
         send(&agent, &bytes)?;
         let waiting = ask()?;
+        if self.counts().0 == before {
+            return Err("memory: nothing is redirected".to_owned());
+        }
         receive(&app, &mut bytes)?;
         Ok(waiting >= Some(5000) && ask()? == Some(0))
     }

@@ -73,10 +73,10 @@ struct Leaving {
     pod: Enrolled,
     /// When its connections end at the latest.
     end: Instant,
+    /// Whether they have been ended, so that only other agents' go on.
+    is_cut: bool,
     /// When the kernel is asked again whether other agents have some.
     ask_at: Instant,
-    /// Whether they have, so that only other agents' go on.
-    is_cut: bool,
 }
 
 impl Pods {

@@ -27,9 +27,12 @@ pub fn asks_programs() -> bool {
 pub fn release() -> (u32, u32) {
     let release =
         fs::read_to_string("/proc/sys/kernel/osrelease").expect("every kernel has a release");
-    let mut numbers = release.split(['.', '-']).map(str::parse);
+    numbers(&release).expect("a release begins with two numbers")
+}
+
+/// The first two numbers of a release, as `uname -r` says it.
+pub fn numbers(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(['.', '-', '+']).map(str::parse);
     let mut next = || numbers.next().and_then(Result::ok);
-    next()
-        .zip(next())
-        .expect("a release begins with two numbers")
+    next().zip(next())
 }

@@ -83,10 +83,7 @@ pub(super) struct Kernel {
 impl Kernel {
     /// The first two numbers of its release.
     pub(super) fn numbers(&self) -> Result<(u32, u32)> {
-        let mut numbers = self.release.split(['.', '-', '+']).map(str::parse);
-        let mut next = || numbers.next().and_then(Result::ok);
-        next()
-            .zip(next())
+        malla_testbed::kernel::numbers(&self.release)
             .with_context(|| format!("{} doesn't begin with two numbers", self.release))
     }
 

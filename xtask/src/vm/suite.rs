@@ -8,6 +8,8 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
+use malla_testbed::kernel::ACCELERATES;
+
 use crate::{ebpf, packages, shell, workspace};
 
 use super::script::Script;
@@ -20,10 +22,6 @@ struct Chosen {
     since: (u32, u32),
     tests: &'static [&'static str],
 }
-
-/// The first kernel that tells what a socket has read, without which nothing is accelerated. The
-/// story has older ones say so.
-const ACCELERATES: (u32, u32) = (6, 3);
 
 /// Emulation takes ten to twenty times as long as the machine itself, and a run at most six minutes:
 /// so it is one story of all that is asked of a kernel, and the part of acceleration that hangs on the

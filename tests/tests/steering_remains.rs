@@ -67,14 +67,6 @@ impl Scene {
         self.bed.start_agent(&self.node.clone()).unwrap();
     }
 
-    /// Takes the leaver out of the mesh.
-    fn without_leaver(&self) -> String {
-        let text = self.bed.mesh_yaml();
-        let (head, tail) = text.split_once("- name: leaver").unwrap();
-        let tail = tail.replacen("mesh: enabled", "mesh: disabled", 1);
-        format!("{head}- name: leaver{tail}")
-    }
-
     /// How many entries a map has.
     fn entries(&self, map: &str) -> usize {
         let path = self.node.pinned_map(map);
@@ -160,12 +152,11 @@ fn a_pod_that_left_while_no_agent_lived_gets_its_plain_networking_back() {
     assert!(!set_up_in(&scene.leaver).is_empty());
     let (pods, rules) = (scene.entries("PODS"), scene.entries("PORT_RULES"));
     scene.kill_agent();
-    let text = scene.without_leaver();
     assert_eq!(scene.call(&scene.leaver), Fate::Refused);
     // The bed writes its own file before it starts an agent.
     scene.start_agent();
     scene.kill_agent();
-    scene.bed.write_mesh_text(&text).unwrap();
+    scene.bed.withdraw(&scene.leaver).unwrap();
     let command = scene.bed.agent_command(&scene.node).unwrap();
     let agent = command.spawn().unwrap();
     agent.wait_for_log("enrolled", LIMIT).unwrap();
@@ -193,7 +184,7 @@ fn of_a_pod_whose_netns_is_gone_nothing_is_left() {
 #[test]
 fn an_enrolment_that_fails_leaves_nothing_and_is_tried_again() {
     let scene = Scene::new(&[]);
-    scene.bed.write_mesh_text(&scene.without_leaver()).unwrap();
+    scene.bed.withdraw(&scene.leaver).unwrap();
     let command = scene.bed.agent_command(&scene.node).unwrap();
     let agent = command.spawn().unwrap();
     // The audit takes out what no pod owns, the next time after 5 s.
@@ -249,7 +240,7 @@ fn a_closed_pod_whose_enrolment_fails_is_opened_by_its_withdrawal() {
     let pods = scene.entries("PODS");
     let _ = scene.obstruct();
     scene.start_agent();
-    scene.bed.write_mesh_text(&scene.without_leaver()).unwrap();
+    scene.bed.withdraw(&scene.leaver).unwrap();
     eventually("plain networking", LIMIT, || {
         set_up_in(&scene.leaver).is_empty() && scene.call(&scene.leaver) == Fate::Echoed
     })
@@ -267,7 +258,7 @@ fn a_withdrawn_pods_sysctl_is_what_it_was() {
     scene.kill_agent();
     // The agent that withdraws isn't the one that found it set.
     scene.start_agent();
-    scene.bed.write_mesh_text(&scene.without_leaver()).unwrap();
+    scene.bed.withdraw(&scene.leaver).unwrap();
     eventually("plain networking", LIMIT, || {
         set_up_in(&scene.leaver) == "accept_local"
     })
@@ -367,7 +358,7 @@ fn links_and_filters_take_each_others_place() {
     assert_eq!(filters(&scene.leaver), 2);
     assert_ne!(set_up_in(&scene.leaver), links);
     assert_eq!(scene.call(&scene.leaver), Fate::Echoed);
-    scene.bed.write_mesh_text(&scene.without_leaver()).unwrap();
+    scene.bed.withdraw(&scene.leaver).unwrap();
     eventually("plain networking", LIMIT, || {
         set_up_in(&scene.leaver).is_empty()
     })

@@ -280,13 +280,22 @@ impl Agent {
         self.memory("RssAnon:")
     }
 
+    /// Whether it takes huge pages where the kernel gives them to who doesn't ask.
+    pub fn takes_huge_pages(&self) -> Result<bool> {
+        Ok(self.status("THP_enabled:")? != 0)
+    }
+
     fn memory(&self, kind: &str) -> Result<usize> {
+        Ok(self.status(kind)? << 10)
+    }
+
+    /// A number that the kernel tells of it (`proc_pid_status(5)`).
+    fn status(&self, kind: &str) -> Result<usize> {
         let path = format!("/proc/{}/status", self.process().pid());
         let status = fs::read_to_string(&path).with_context(|| path.clone())?;
         let line = status.lines().find_map(|line| line.strip_prefix(kind));
         let number = line.and_then(|rest| rest.split_ascii_whitespace().next());
-        let kib: usize = number.context(path)?.parse()?;
-        Ok(kib << 10)
+        Ok(number.context(path)?.parse()?)
     }
 }
 

@@ -31,6 +31,7 @@ const EACH: usize = 2 * 4 * 1024;
 fn an_agent_at_rest_gives_back_what_its_start_took() {
     let pair = Pair::new(Way::Mesh).unwrap();
     for agent in pair.agents() {
+        assert!(!agent.takes_huge_pages().unwrap());
         let mut seen = (0, 0);
         let small = eventually("an agent to be small", PATIENCE, || {
             let all = agent.resident_memory().unwrap();

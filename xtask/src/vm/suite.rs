@@ -33,6 +33,12 @@ const CHOSEN: &[Chosen] = &[
         since: (0, 0),
         tests: &["a_kernel_does_what_is_asked_of_it_from_the_first_agent_to_the_cleanup"],
     },
+    // Debian's kernels give huge pages to who doesn't ask, the machine's may not.
+    Chosen {
+        file: "memory",
+        since: (0, 0),
+        tests: &["an_agent_at_rest_gives_back_what_its_start_took"],
+    },
     Chosen {
         file: "accelerate",
         since: ACCELERATES,

@@ -7,6 +7,10 @@
 //! over to TCP but not come back: that way round the kernel keeps the order, since a reader gets
 //! what was redirected before what came by TCP.
 //!
+//! Where two apps of this node speak through the agent, it may join a direction: then what the one
+//! sends goes into the other's queue, past the agent as well, for as long as the agent has had nothing
+//! since (`Join`). What finds no room there goes by way of the agent again, which comes behind it.
+//!
 //! All of it belongs to one agent and is pinned nowhere. A socket holds the program that its
 //! messages pass, and that one the maps, so connections keep what they have until they end.
 
@@ -21,14 +25,15 @@ use aya_ebpf::{
     btf_maps::{HashMap, PerCpuArray, SkStorage},
     cty::c_void,
     helpers::generated::{
-        bpf_get_netns_cookie, bpf_sk_storage_delete, bpf_sk_storage_get, bpf_skc_to_mptcp_sock,
+        bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sk_storage_delete, bpf_sk_storage_get,
+        bpf_skc_to_mptcp_sock,
     },
     macros::{btf_map, btf_tracepoint, cgroup_sockopt, sk_msg, sock_ops},
     programs::{BtfTracePointContext, SkMsgContext, SockOpsContext, SockoptContext},
 };
 use malla_common::{
     Address, Flow, Verdict,
-    acceleration::{AGENTS_CREDIT, CREDIT, End, EndState, Event, Queue, Sends, Tag},
+    acceleration::{AGENTS_CREDIT, CREDIT, End, EndState, Event, Join, Queue, Sends, Tag},
     pod_flags,
 };
 
@@ -56,6 +61,11 @@ static ENDS: Ends = Ends::new();
 /// What waits at an end to be read.
 #[btf_map]
 static WAITING: HashMap<End, Queue, 262144, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+
+/// The apps' sockets, by their cookie, that send to another app without the agent. Written by the agent,
+/// but for the count.
+#[btf_map]
+static JOINS: HashMap<u64, Join, 262144, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
 
 /// What is known of an accelerated socket.
 #[btf_map]
@@ -148,12 +158,22 @@ fn add(ctx: &SockOpsContext, socket: *mut bpf_sock, end: End, sends: Sends, cred
     let Some(state) = (unsafe { state.cast::<EndState>().as_mut() }) else {
         return;
     };
+    // SAFETY: the context is valid for the whole run of the program.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.ops.cast()) };
     *state = EndState {
         end,
+        cookie,
+        sent: 0,
+        joined: 0,
         sends: sends as u32,
         credit,
     };
-    if WAITING.insert(end, Queue { unread: 0, read: 0 }, 0).is_ok() {
+    let queue = Queue {
+        unread: 0,
+        read: 0,
+        cookie,
+    };
+    if WAITING.insert(end, queue, 0).is_ok() {
         let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
         let told_of_end = ctx.set_cb_flags(flags as i32).is_ok();
         // SAFETY: the context is valid for the whole run of the program.
@@ -248,6 +268,9 @@ pub fn redirect(ctx: SkMsgContext) -> u32 {
     if state.sends == Sends::Tcp as u32 {
         return PASS;
     }
+    if state.sends == Sends::Redirected as u32 && joined(&ctx, state) {
+        return PASS;
+    }
     let peer = state.end.peer();
     let Some(queue) = WAITING.get_ptr_mut(&peer) else {
         return by_tcp(state, lost(state));
@@ -265,11 +288,56 @@ pub fn redirect(ctx: SkMsgContext) -> u32 {
     }
     // SAFETY: as above.
     unsafe { atomic_add(unread, size) };
+    state.sent = state.sent.wrapping_add(size as u64);
     if state.sends == Sends::Undecided as u32 {
         state.sends = Sends::Redirected as u32;
         count(Event::Redirected);
     }
     PASS
+}
+
+/// Whether the message goes straight to the app that it is for: behind all that the agent has written
+/// there, which is all that this app has sent so far, and while that app reads.
+#[inline(always)]
+fn joined(ctx: &SkMsgContext, state: &mut EndState) -> bool {
+    let Some(entry) = JOINS.get_ptr_mut(&state.cookie) else {
+        return false;
+    };
+    // SAFETY: the value of an entry, which stays readable while the program runs.
+    if unsafe { ptr::read_volatile(&raw const (*entry).after) } != state.sent {
+        return false;
+    }
+    // SAFETY: as above. What is read may be another's by now, and is judged by its seal.
+    let join = unsafe { ptr::read_volatile(entry) };
+    if join.after != state.sent || !join.is_of(state.cookie) {
+        return false;
+    }
+    let Some(queue) = WAITING.get_ptr_mut(&join.target) else {
+        return false;
+    };
+    // SAFETY: as above.
+    let (unread, cookie) = unsafe {
+        let unread = &raw mut (*queue).unread;
+        (unread, ptr::read_volatile(&raw const (*queue).cookie))
+    };
+    // SAFETY: as above.
+    let has_room = unsafe { ptr::read_volatile(unread) } < i64::from(state.credit);
+    // SAFETY: the context is valid for the whole run of the program.
+    if cookie != join.target_cookie || !has_room || unsafe { !ENDS.redirect(ctx.msg, join.target) }
+    {
+        return false;
+    }
+    let size = i64::from(ctx.size());
+    // SAFETY: both are in values of entries. Both numbers have the same bits, signed or not.
+    unsafe {
+        atomic_add(unread, size);
+        atomic_add((&raw mut (*entry).bytes).cast(), size);
+    }
+    if state.joined != join.after {
+        state.joined = join.after;
+        count(Event::Joined);
+    }
+    true
 }
 
 /// Why there is no peer to redirect to.

@@ -1,6 +1,7 @@
 //! Socket acceleration: pods that have it, what it counts, and apps that are as it asks of them.
 
 use std::{
+    fs,
     io::{self, ErrorKind, Read, Write},
     net::TcpStream,
     os::fd::AsFd,
@@ -83,6 +84,38 @@ impl Agent {
         let metrics = self.metrics()?;
         let count = metrics.sum("malla_acceleration_directions_total", &[("event", event)]);
         Ok(count as usize)
+    }
+}
+
+impl Agent {
+    /// How many directions it lets the kernel move past it, those included that are to be forgotten.
+    pub fn joins(&self, node: &Node) -> Result<usize> {
+        let folder = format!("/proc/{}/fdinfo", self.process().pid());
+        // A cookie and a `malla_common::acceleration::Join`, as in no other map.
+        let sizes = [
+            "key_size:\t8\n",
+            "value_size:\t80\n",
+            "max_entries:\t262144\n",
+        ];
+        let files = fs::read_dir(&folder).context(folder)?.flatten();
+        let texts = files.filter_map(|file| fs::read_to_string(file.path()).ok());
+        let id = texts
+            .filter(|text| sizes.iter().all(|size| text.contains(*size)))
+            .find_map(|text| {
+                Some(
+                    text.split_once("map_id:")?
+                        .1
+                        .split_whitespace()
+                        .next()?
+                        .to_owned(),
+                )
+            })
+            .context("no map of joins")?;
+        let dump = node
+            .run(["bpftool", "-j", "map", "dump", "id", &id])?
+            .stdout;
+        let entries: serde_json::Value = serde_json::from_str(&dump)?;
+        Ok(entries.as_array().context("no list")?.len())
     }
 }
 

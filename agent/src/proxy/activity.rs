@@ -30,6 +30,10 @@ impl Activity {
         Self(limit.map(|limit| Box::new(limited(limit))))
     }
 
+    pub(super) fn is_limited(&self) -> bool {
+        self.0.is_some()
+    }
+
     pub(super) fn happened(&self) {
         if let Some(limited) = &self.0 {
             limited.last.set(Instant::now());

@@ -18,6 +18,7 @@ use tokio::{io::Interest, net::TcpStream};
 use super::{
     hbone,
     readiness::{Exhausted, poll_call},
+    relay::JoinedConnections,
     writer::Writer,
 };
 use crate::steer::{Credit, Queues};
@@ -43,6 +44,8 @@ pub(super) struct Buffers {
     /// What the first chunk of a connection is read into.
     first: RefCell<Box<[u8]>>,
     queues: Arc<Queues>,
+    /// The connections that the kernel moves past it.
+    pub(super) joined: JoinedConnections,
 }
 
 /// What comes behind the bytes of a read.
@@ -78,6 +81,7 @@ impl Buffers {
             buffer: RefCell::default(),
             first: RefCell::new(vec![0; MIN_CHUNK as usize].into()),
             queues,
+            joined: JoinedConnections::default(),
         }
     }
 

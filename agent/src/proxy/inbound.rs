@@ -209,12 +209,14 @@ impl ToNeighbour {
             record.client_sent(opening.sent);
         }
         let said = mem::take(&mut opening.said);
-        let relaying = pin!(async {
-            relay::tcp(buffers, &[from, &*record], client, said, server, *idle)
-                .await
-                .map_err(Failure::from)
-        });
-        let result = pair.unless_cut(relaying).await;
+        let result = {
+            let relaying = pin!(async {
+                relay::tcp(buffers, &[from, &*record], client, said, server, *idle)
+                    .await
+                    .map_err(Failure::from)
+            });
+            pair.unless_cut(relaying).await
+        };
         record.close(result);
         result
     }

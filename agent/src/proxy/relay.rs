@@ -6,13 +6,15 @@
 //! worker, and only what the other side didn't take at once is kept.
 
 mod ends;
+mod joined;
 mod tunnelled;
 
 use std::{
-    cell::Cell,
+    cell::{Cell, OnceCell},
     future::poll_fn,
     io,
     pin::{Pin, pin},
+    rc::Rc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -33,10 +35,13 @@ use crate::{
 };
 pub(super) use ends::{End, Side, reset_behind};
 use ends::{no_reset, reset_of};
+use joined::Joined;
+pub(super) use joined::JoinedConnections;
 pub(super) use tunnelled::Tunnelled;
 
 /// Relays between two sockets, for the pod of each record. What was read from the client already, it
-/// has `said`.
+/// has `said`. With records of both ends, both apps are this agent's, and it may leave the bytes to the
+/// kernel. The records are whole when this has ended or was dropped.
 pub(super) async fn tcp(
     buffers: &Buffers,
     records: &[&Record],
@@ -94,6 +99,8 @@ struct Relay<'a> {
     activity: Activity,
     /// The sides whose end has been read and passed on.
     passed_on: [Cell<bool>; 2],
+    /// What the kernel moves, once it does.
+    joined: OnceCell<Rc<Joined>>,
 }
 
 impl<'a> Relay<'a> {
@@ -103,6 +110,7 @@ impl<'a> Relay<'a> {
             records,
             activity: Activity::new(idle),
             passed_on: [Cell::new(false), Cell::new(false)],
+            joined: OnceCell::new(),
         }
     }
 
@@ -129,8 +137,48 @@ impl<'a> Relay<'a> {
             if ended {
                 return Poll::Ready(Ok(()));
             }
-            self.activity.poll_ends(cx).map(|()| Err(End::Idle))
+            self.poll_idle(cx).map(|()| Err(End::Idle))
         })
+    }
+
+    /// Ready when nothing has moved for too long, be it by the kernel. Counts what that has told of.
+    fn poll_idle(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(joined) = self.joined.get() else {
+            return self.activity.poll_ends(cx);
+        };
+        joined.watch(cx);
+        loop {
+            if self.count(joined) {
+                self.activity.happened();
+            }
+            ready!(self.activity.poll_ends(cx));
+            if !joined.look() {
+                return Poll::Ready(());
+            }
+        }
+    }
+
+    /// Counts what the kernel has told of. Whether there was any.
+    fn count(&self, joined: &Joined) -> bool {
+        let mut any = false;
+        for side in [Side::Client, Side::Server] {
+            let bytes = joined.take(side);
+            if bytes > 0 {
+                side.sent(self.records, bytes);
+                any = true;
+            }
+        }
+        any
+    }
+
+    /// A chunk of what `side` says was moved as a whole: the kernel may take over.
+    fn moved(&self, side: Side, reader: &TcpStream, writer: &mut Writer<'_>) {
+        let are_both_ours = self.records.len() > 1;
+        if are_both_ours && let Some(join) = writer.moved(reader) {
+            let rests = !self.activity.is_limited();
+            let joined = self.joined.get_or_init(|| self.buffers.joined.add(rests));
+            joined.set(side, join);
+        }
     }
 
     /// Moves what `side` has `said` and goes on to send to the other socket.
@@ -173,7 +221,10 @@ impl<'a> Relay<'a> {
             side.sent(self.records, bytes);
             self.activity.happened();
             match then {
-                Then::More => pace.rest(bytes).await,
+                Then::More => {
+                    self.moved(side, reader, &mut writer);
+                    pace.rest(bytes).await;
+                }
                 Then::End => {
                     self.passed_on(side).set(true);
                     self.end(side.other(), &mut writer);
@@ -189,7 +240,7 @@ impl<'a> Relay<'a> {
 
     /// Whether the end of what this `side` says has been read and passed on.
     fn passed_on(&self, side: Side) -> &Cell<bool> {
-        &self.passed_on[usize::from(side == Side::Server)]
+        &self.passed_on[side.index()]
     }
 
     /// Ends what is said to this `side`. Where that was the other direction's, its socket is closed next,
@@ -209,6 +260,15 @@ impl<'a> Relay<'a> {
         is_last: bool,
     ) -> impl Future<Output = io::Result<()>> {
         poll_fn(move |cx| poll_write_all(cx, writer, bytes, is_last, &self.activity))
+    }
+}
+
+impl Drop for Relay<'_> {
+    fn drop(&mut self) {
+        if let Some(joined) = self.joined.get() {
+            joined.look();
+            self.count(joined);
+        }
     }
 }
 

@@ -157,6 +157,7 @@ impl Worker {
     pub(super) fn at_interval(&self) {
         self.pool.sweep();
         self.refusals.sum_up();
+        self.buffers.joined.sweep();
     }
 
     /// Whether it takes no new connections from now on.

@@ -4,6 +4,7 @@ use std::{
     io, mem,
     net::Shutdown,
     pin::Pin,
+    rc::Rc,
     task::{Context, Poll, ready},
 };
 
@@ -14,7 +15,7 @@ use super::{
     buffers::Buffers,
     readiness::{Exhausted, poll_call},
 };
-use crate::steer::Credit;
+use crate::steer::{Credit, Join};
 
 /// What writes to a socket.
 pub(super) struct Writer<'a> {
@@ -92,6 +93,15 @@ impl<'a> Writer<'a> {
                 credit.renew(socket).await;
                 credit
             }));
+        }
+    }
+
+    /// Told of each chunk from `reader` that was written as a whole, by which the apps behind both sockets
+    /// may be joined. Gives what it goes by, if that is new.
+    pub(super) fn moved(&mut self, reader: &TcpStream) -> Option<Rc<Join>> {
+        match self.credit.as_deref_mut()? {
+            Allowance::Credit(credit) => credit.moved(reader, self.socket),
+            Allowance::Nothing(_) => None,
         }
     }
 

@@ -7,6 +7,7 @@
 //!
 //! Unlike steering, none of it outlives the agent on purpose, so nothing is pinned.
 
+mod joins;
 mod programs;
 mod queues;
 mod self_test;
@@ -24,11 +25,12 @@ use aya::maps::{MapData, SkStorage};
 use malla_common::acceleration::{Event, Tag};
 use socket2::Socket;
 
-use self::{programs::AccelerationPrograms, verdict::Cache};
 pub use self::{
+    joins::Join,
     queues::{Credit, Queues},
     verdict::{InForce, Verdict},
 };
+use self::{programs::AccelerationPrograms, verdict::Cache};
 use super::{netns::Netns, on_blocking_thread};
 use crate::{
     ledger::Entry,

@@ -43,7 +43,7 @@ use std::{
 use aya::maps::{Array, HashMap as BpfHashMap, MapData};
 use malla_common::{Counter, Flow, WorkerLoad};
 
-pub use acceleration::{Acceleration, Credit, InForce, Queues, Verdict};
+pub use acceleration::{Acceleration, Credit, InForce, Join, Queues, Verdict};
 pub use attach::TcMethod;
 pub use audit::{AUDIT_INTERVAL, Difference, Kind};
 pub use census::{ends_of, sockets_of};

@@ -340,7 +340,7 @@ pub(super) enum Extent {
 }
 
 /// The maps that acceleration alone fills, and that are large.
-const ACCELERATION_MAPS: [&str; 2] = ["ENDS", "WAITING"];
+const ACCELERATION_MAPS: [&str; 3] = ["ENDS", "WAITING", "JOINS"];
 /// It is there where the kernel knows MPTCP.
 const MPTCP: &str = "/proc/sys/net/mptcp/enabled";
 

@@ -39,7 +39,8 @@ impl AccelerationMetrics {
                     Opts::new(
                         "malla_acceleration_directions_total",
                         "Directions of accelerated connections that began redirected, that began \
-                         by TCP (no_peer), or went over to it (no_credit, peer_gone).",
+                         by TCP (no_peer), or went over to it (no_credit, peer_gone); and how often \
+                         one between two apps of this node went on without the agent (joined).",
                     ),
                     &["event"],
                 )),

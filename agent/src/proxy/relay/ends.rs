@@ -51,6 +51,11 @@ impl Side {
         }
     }
 
+    /// For an array of both.
+    pub(super) fn index(self) -> usize {
+        usize::from(self == Self::Server)
+    }
+
     pub(super) fn other(self) -> Self {
         match self {
             Self::Client => Self::Server,

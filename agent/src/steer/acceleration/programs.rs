@@ -59,6 +59,7 @@ pub(super) struct AccelerationPrograms {
     ends: Accounted<OwnedFd>,
     tags: Accounted<OwnedFd>,
     waiting: Accounted<OwnedFd>,
+    joins: Accounted<OwnedFd>,
     events: (PerCpuArray<MapData, u64>, Entry),
     /// The links of what adds connections and of what guards them.
     adding: Option<Accounted<OwnedFd>>,
@@ -103,6 +104,7 @@ impl AccelerationPrograms {
             ends: accounted(ends),
             tags: accounted(map(&mut ebpf, "TAGS")?),
             waiting: accounted(map(&mut ebpf, "WAITING")?),
+            joins: accounted(map(&mut ebpf, "JOINS")?),
             events,
             adding: None,
             guarding: None,
@@ -145,10 +147,12 @@ impl AccelerationPrograms {
     pub(super) fn queues(&self) -> Result<Maps, LoadError> {
         let (waiting, waiting_entry) = handle(&self.waiting)?;
         let (ends, ends_entry) = handle(&self.ends)?;
+        let (joins, joins_entry) = handle(&self.joins)?;
         Ok(Maps {
             waiting: (Map::HashMap(waiting).try_into()?, waiting_entry),
             // The library's type for a map of sockets takes a cookie for a descriptor.
             ends: (Map::HashMap(ends).try_into()?, ends_entry),
+            joins: (Map::HashMap(joins).try_into()?, joins_entry),
         })
     }
 

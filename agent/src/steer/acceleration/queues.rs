@@ -13,6 +13,7 @@ use std::{
     io,
     net::SocketAddr,
     os::fd::{AsFd, AsRawFd},
+    rc::Rc,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -25,8 +26,10 @@ use malla_common::{
     Flow,
     acceleration::{self, End, Queue},
 };
+use socket2::SockRef;
 use tokio::{net::TcpStream, time::sleep};
 
+use super::joins::{Join, Turn};
 use crate::{
     ledger::Entry,
     steer::{diag, netns::Netns},
@@ -51,6 +54,8 @@ pub(super) struct Maps {
     pub waiting: (BpfHashMap<MapData, End, Queue>, Entry),
     /// The cookie of each end's socket, until its app closes it.
     pub ends: (BpfHashMap<MapData, End, u64>, Entry),
+    /// Which apps' sockets, by their cookie, send without the agent.
+    pub joins: (BpfHashMap<MapData, u64, acceleration::Join>, Entry),
 }
 
 /// What waits to be read, once something may.
@@ -94,6 +99,8 @@ impl Queues {
             peer: None,
             used: 0,
             wrote: 0,
+            join: None,
+            turn: Turn::default(),
             is_short: false,
             by_tcp: false,
         })
@@ -129,7 +136,7 @@ impl Queues {
         }
     }
 
-    fn maps(&self) -> MutexGuard<'_, Option<Maps>> {
+    pub(super) fn maps(&self) -> MutexGuard<'_, Option<Maps>> {
         self.maps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -143,6 +150,9 @@ pub struct Credit {
     /// Most that the app may have to read.
     used: i64,
     wrote: u64,
+    /// What reaches the app besides, straight from the app behind the other of the agent's sockets.
+    join: Option<Rc<Join>>,
+    turn: Turn,
     /// The kernel has no memory to redirect into: what the app may have to read is all that it gets.
     is_short: bool,
     by_tcp: bool,
@@ -180,6 +190,25 @@ impl Credit {
         is_short
     }
 
+    /// Told of each chunk that was read from `reader` and written to `writer` as a whole. Now and then,
+    /// joins the apps behind them: from there on the kernel moves what the one sends, unless the agent has
+    /// got something of it meanwhile. Gives what it goes by, if that is new.
+    pub fn moved(&mut self, reader: &TcpStream, writer: &TcpStream) -> Option<Rc<Join>> {
+        if self.by_tcp || self.is_short || !self.turn.comes() {
+            return None;
+        }
+        let before = self.join.as_ref();
+        let used = before.is_none_or(|join| join.was_used());
+        let made = Join::make(&self.queues, before, [reader, writer], self.wrote);
+        self.turn.next(made.is_some() && used);
+        let join = made?;
+        // What the kernel moves fills the app's queue, so the next write is to look.
+        self.used = CREDIT;
+        let is_new = self.join.is_none();
+        self.join = Some(Rc::clone(&join));
+        is_new.then_some(join)
+    }
+
     /// Waits until something may be written: looks how much was read, and where that isn't enough,
     /// waits until it is all and goes over to TCP for good. Sooner where the app closes its socket: as
     /// the kernel doesn't see what waits there, the app has ended with a FIN, and it takes what comes
@@ -199,11 +228,14 @@ impl Credit {
                 None => self.by_tcp = true,
             }
         }
+        // What there is to write now has ended the join, so that this is all.
+        let joined = self.join.as_ref().map_or(0, |join| join.bytes());
+        let wrote = self.wrote.wrapping_add(joined);
         let (mut waited, mut ask_at) = (Duration::ZERO, FIRST_QUESTION);
         while self.left() == 0 {
             let queue = self.queues.queue(&peer);
             let mut waits =
-                queue.is_some_and(|queue| self.waits(&queue)) && self.queues.is_open(&peer);
+                queue.is_some_and(|queue| waits(&queue, wrote)) && self.queues.is_open(&peer);
             if waits && waited >= ask_at {
                 waits = !self.queues.is_read(socket);
                 ask_at = waited + waited.min(BETWEEN_QUESTIONS);
@@ -219,17 +251,21 @@ impl Credit {
             }
         }
     }
+}
 
-    /// Whether the app has something to read that was redirected. What the kernel had no memory for
-    /// wasn't, though it is counted, and isn't written either.
-    fn waits(&self, queue: &Queue) -> bool {
-        queue.unread > 0 && self.wrote.wrapping_sub(queue.read).cast_signed() > 0
-    }
+/// Whether the app has something to read that was redirected, of all that was written there. What the
+/// kernel had no memory for wasn't, though it is counted, and isn't written either.
+fn waits(queue: &Queue, wrote: u64) -> bool {
+    queue.unread > 0 && wrote.wrapping_sub(queue.read).cast_signed() > 0
 }
 
 /// The other end of `socket`, in its netns.
-fn peer(socket: &TcpStream) -> io::Result<End> {
-    let (own, other) = (socket.local_addr()?, socket.peer_addr()?);
+pub(super) fn peer(socket: &impl AsFd) -> io::Result<End> {
+    let names = SockRef::from(socket);
+    let (own, other) = (names.local_addr()?, names.peer_addr()?);
+    let (Some(own), Some(other)) = (own.as_socket(), other.as_socket()) else {
+        return Err(io::ErrorKind::AddrNotAvailable.into());
+    };
     let address = |end: SocketAddr| end.ip().into();
     Ok(End {
         netns: netns_cookie(socket)?,

@@ -1,6 +1,8 @@
 //! The programs tried on two sockets of the agent's own: whether what is redirected is what was
 //! sent, in order, bounded and ended as with TCP, and what an app could notice of it.
 
+mod joins;
+
 use std::{
     io::{self, ErrorKind, Read, Write},
     net::{Ipv4Addr, Shutdown, TcpListener, TcpStream},
@@ -91,12 +93,13 @@ impl<'a> Bench<'a> {
 
     /// What an app may notice, or what fails.
     fn verdict(mut self) -> Tried<Verdict> {
-        let checks: [(&str, Check<'a>); 5] = [
+        let checks: [(&str, Check<'a>); 6] = [
             ("order", Self::order),
             ("bytes", Self::bulk),
             ("bounds", Self::bounds),
             ("ends", Self::ends),
             ("credit", Self::credit),
+            ("joins", Self::joins),
         ];
         for (what, check) in checks {
             let (before, _) = self.counts();
@@ -130,6 +133,7 @@ impl<'a> Bench<'a> {
         events.fold((0, 0), |(redirected, by_tcp), (event, count)| match event {
             Event::Redirected => (redirected + count, by_tcp),
             Event::NoPeer | Event::NoCredit | Event::PeerGone => (redirected, by_tcp + count),
+            Event::Joined => (redirected, by_tcp),
         })
     }
 

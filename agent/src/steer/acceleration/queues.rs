@@ -126,7 +126,11 @@ impl Queues {
                 [own, app].map(|end| SocketAddr::new(end.ip().to_canonical(), end.port()));
             Ok(diag::memory_to_read(&question, app, own))
         };
-        self.tells_memory.load(Ordering::Relaxed) && ask().is_ok_and(|memory| memory == Some(0))
+        self.tells_memory() && ask().is_ok_and(|memory| memory == Some(0))
+    }
+
+    fn tells_memory(&self) -> bool {
+        self.tells_memory.load(Ordering::Relaxed)
     }
 
     fn forget(&self, end: &End) {
@@ -193,8 +197,12 @@ impl Credit {
     /// Told of each chunk that was read from `reader` and written to `writer` as a whole. Now and then,
     /// joins the apps behind them: from there on the kernel moves what the one sends, unless the agent has
     /// got something of it meanwhile. Gives what it goes by, if that is new.
+    ///
+    /// Not where the kernel doesn't tell of memory: what it had none for counts as joined, and who waits
+    /// for the app to read that would wait for ever.
     pub fn moved(&mut self, reader: &TcpStream, writer: &TcpStream) -> Option<Rc<Join>> {
-        if self.by_tcp || self.is_short || !self.turn.comes() {
+        let may_be = !self.by_tcp && !self.is_short && self.queues.tells_memory();
+        if !may_be || !self.turn.comes() {
             return None;
         }
         let before = self.join.as_ref();

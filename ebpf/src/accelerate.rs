@@ -20,7 +20,7 @@ use aya_ebpf::{
     bindings::{
         BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB,
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
-        BPF_TCP_CLOSE, bpf_sock, sk_action, sk_msg_md,
+        BPF_TCP_CLOSE, BPF_TCP_CLOSE_WAIT, BPF_TCP_ESTABLISHED, bpf_sock, sk_action, sk_msg_md,
     },
     btf_maps::{HashMap, PerCpuArray, SkStorage},
     cty::c_void,
@@ -259,6 +259,15 @@ pub fn redirect(ctx: SkMsgContext) -> u32 {
     if socket.is_null() {
         return PASS;
     }
+    // The kernel asks before it looks whether the socket may send at all. TCP says no to who has shut that
+    // down, or was reset.
+    // SAFETY: not null, and read as a word at a constant offset, as the verifier demands.
+    if !matches!(
+        unsafe { ptr::read_volatile(&raw const (*socket).state) },
+        BPF_TCP_ESTABLISHED | BPF_TCP_CLOSE_WAIT
+    ) {
+        return PASS;
+    }
     // SAFETY: as in `opened`.
     let state = unsafe { storage(&raw const END_STATES, socket.cast(), 0) };
     // SAFETY: null or a living value of this type, which is written under the socket's lock alone.
@@ -297,7 +306,8 @@ pub fn redirect(ctx: SkMsgContext) -> u32 {
 }
 
 /// Whether the message goes straight to the app that it is for: behind all that the agent has written
-/// there, which is all that this app has sent so far, and while that app reads.
+/// there, which is all that this app has sent so far, while that app reads, and while the agent's own
+/// socket is there, so that nothing outlives an agent that was killed.
 #[inline(always)]
 fn joined(ctx: &SkMsgContext, state: &mut EndState) -> bool {
     let Some(entry) = JOINS.get_ptr_mut(&state.cookie) else {
@@ -322,8 +332,12 @@ fn joined(ctx: &SkMsgContext, state: &mut EndState) -> bool {
     };
     // SAFETY: as above.
     let has_room = unsafe { ptr::read_volatile(unread) } < i64::from(state.credit);
+    if cookie != join.target_cookie || !has_room {
+        return false;
+    }
+    // The last of both counts.
     // SAFETY: the context is valid for the whole run of the program.
-    if cookie != join.target_cookie || !has_room || unsafe { !ENDS.redirect(ctx.msg, join.target) }
+    if unsafe { !ENDS.redirect(ctx.msg, state.end.peer()) || !ENDS.redirect(ctx.msg, join.target) }
     {
         return false;
     }

@@ -244,14 +244,13 @@ fn messages_of_all_lengths_both_ways_at_once_are_exact_through_joins_and_ends_of
     let one = OneNode::new("");
     for turn in 0..4 {
         let (client, server, _) = one.joined();
-        let before = one.times();
         thread::scope(|scope| {
             for (seed, from, to) in [(1, &client, &server), (2, &server, &client)] {
                 let lengths = move || lengths(turn * 2 + seed).take(MESSAGES);
                 scope.spawn(move || {
                     for (number, length) in (0..).zip(lengths()) {
                         payload::send(from, number, length).unwrap();
-                        // So that the agent comes to have nothing left, and joins them again.
+                        // So that the reader catches up.
                         if number % 64 == 0 {
                             thread::sleep(Duration::from_millis(number / 64 % 3));
                         }
@@ -268,7 +267,6 @@ fn messages_of_all_lengths_both_ways_at_once_are_exact_through_joins_and_ends_of
                 });
             }
         });
-        println!("{} joins more", one.times() - before);
     }
     one.nothing_is_left();
 }
@@ -457,6 +455,46 @@ fn a_killed_agents_joined_connections_are_reset_at_both_ends() {
     one.wait_for_both();
     let (client, server, _) = one.joined();
     converse(&client, &server, 10);
+}
+
+/// An agent that drains has let go of what tells of its connections' ends.
+#[test]
+fn what_a_killed_old_agent_had_joined_goes_on_in_no_way() {
+    let mut one = OneNode::new("");
+    let (client, server, _) = one.joined();
+    let node = Arc::clone(&one.node);
+    let old = one.bed.upgrade_agent(&node).unwrap();
+    one.without_the_agent(|| converse(&client, &server, 20));
+    old.kill9();
+    // Once it was told, the kernel's own look at a socket sees nothing amiss any more.
+    is_reset(&client);
+    is_reset(&server);
+    for (from, to) in [(&client, &server), (&server, &client)] {
+        let error = { from }.write(&[1]).unwrap_err().kind();
+        assert_eq!(error, ErrorKind::BrokenPipe);
+        let heard = { to }.read(&mut [0]);
+        assert!(!matches!(heard, Ok(1..)), "{heard:?}");
+    }
+}
+
+#[test]
+fn what_is_written_behind_an_end_goes_nowhere() {
+    let one = OneNode::new("");
+    for client_ends in [true, false] {
+        let (client, server, said) = one.joined();
+        let (ends, hears) = if client_ends {
+            (&client, &server)
+        } else {
+            (&server, &client)
+        };
+        ends.0.shutdown(Shutdown::Write).unwrap();
+        let error = { ends }.write(&[1]).unwrap_err().kind();
+        assert_eq!(error, ErrorKind::BrokenPipe);
+        payload::receive_all(hears, 0, 0).unwrap();
+        drop((client, server));
+        one.wait_for_lines(said, said, None);
+    }
+    one.nothing_is_left();
 }
 
 #[test]

@@ -41,7 +41,8 @@ pub(super) use tunnelled::Tunnelled;
 
 /// Relays between two sockets, for the pod of each record. What was read from the client already, it
 /// has `said`. With records of both ends, both apps are this agent's, and it may leave the bytes to the
-/// kernel. The records are whole when this has ended or was dropped.
+/// kernel. The records are whole when this has ended, and when it was dropped, but for what the kernel moves at
+/// that moment.
 pub(super) async fn tcp(
     buffers: &Buffers,
     records: &[&Record],

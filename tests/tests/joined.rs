@@ -190,6 +190,15 @@ fn converse(client: &Polled, server: &Polled, turns: u64) {
     }
 }
 
+/// What is a client's and what is its server's, in this order or the other way round.
+fn either<T>(client_first: bool, client: T, server: T) -> (T, T) {
+    if client_first {
+        (client, server)
+    } else {
+        (server, client)
+    }
+}
+
 fn reset(socket: Polled) {
     let without_fin = SockRef::from(&socket.0).set_linger(Some(Duration::ZERO));
     without_fin.unwrap();
@@ -276,11 +285,8 @@ fn a_reader_that_stalls_gets_all_in_order_and_stops_its_writer() {
     let one = OneNode::new("");
     for turn in 0..6_u64 {
         let (client, server, said) = one.joined();
-        let (writer, reader) = if turn % 2 == 0 {
-            (&client, &server)
-        } else {
-            (&server, &client)
-        };
+        let is_client = turn % 2 == 0;
+        let (writer, reader) = either(is_client, &client, &server);
         let (mut payload, mut pushed) = (payload::Payload::new(turn), 0);
         let is_full = || {
             let mut polled = [PollFd::new(writer.0.as_fd(), PollFlags::POLLOUT)];
@@ -314,11 +320,7 @@ fn a_reader_that_stalls_gets_all_in_order_and_stops_its_writer() {
         }
         let (much, little) = (said + pushed + 3 * MIB, said + 3 * MIB);
         drop((client, server));
-        let (from_client, from_server) = if turn % 2 == 0 {
-            (much, little)
-        } else {
-            (little, much)
-        };
+        let (from_client, from_server) = either(is_client, much, little);
         one.wait_for_lines(from_client, from_server, None);
     }
     one.nothing_is_left();
@@ -329,11 +331,8 @@ fn an_end_of_either_side_comes_behind_its_last_bytes_and_leaves_the_other_way() 
     let one = OneNode::new("");
     for turn in 0..20 {
         let (client, server, said) = one.joined();
-        let (first, second) = if turn % 2 == 0 {
-            (&client, &server)
-        } else {
-            (&server, &client)
-        };
+        let is_client = turn % 2 == 0;
+        let (first, second) = either(is_client, &client, &server);
         let length = 1 + usize::try_from(turn).unwrap() * 3001;
         payload::send(first, turn, length).unwrap();
         first.0.shutdown(Shutdown::Write).unwrap();
@@ -345,11 +344,7 @@ fn an_end_of_either_side_comes_behind_its_last_bytes_and_leaves_the_other_way() 
         second.0.shutdown(Shutdown::Write).unwrap();
         payload::receive_all(first, 0, 0).unwrap();
         let (first, second) = (said + length, said + 50 * MESSAGE);
-        let (from_client, from_server) = if turn % 2 == 0 {
-            (first, second)
-        } else {
-            (second, first)
-        };
+        let (from_client, from_server) = either(is_client, first, second);
         one.wait_for_lines(from_client, from_server, None);
     }
     one.nothing_is_left();
@@ -361,11 +356,8 @@ fn a_reset_of_either_side_is_a_reset_of_the_other() {
     for client_resets in [true, false, true, false] {
         let (client, server, said) = one.joined();
         converse(&client, &server, 7);
-        let (resets, hears, reason) = if client_resets {
-            (client, server, "client_reset")
-        } else {
-            (server, client, "server_reset")
-        };
+        let (resets, hears) = either(client_resets, client, server);
+        let (reason, _) = either(client_resets, "client_reset", "server_reset");
         reset(resets);
         is_reset(&hears);
         let all = said + 7 * MESSAGE;
@@ -380,11 +372,7 @@ fn who_closes_without_reading_ends_the_other_as_well() {
     let one = OneNode::new("");
     for client_closes in [true, false] {
         let (client, server, _) = one.joined();
-        let (closes, writes) = if client_closes {
-            (client, server)
-        } else {
-            (server, client)
-        };
+        let (closes, writes) = either(client_closes, client, server);
         payload::send(&writes, 1, 200 * KIB).unwrap();
         drop(closes);
         // An end or a reset, and then nothing more is taken.
@@ -482,11 +470,7 @@ fn what_is_written_behind_an_end_goes_nowhere() {
     let one = OneNode::new("");
     for client_ends in [true, false] {
         let (client, server, said) = one.joined();
-        let (ends, hears) = if client_ends {
-            (&client, &server)
-        } else {
-            (&server, &client)
-        };
+        let (ends, hears) = either(client_ends, &client, &server);
         ends.0.shutdown(Shutdown::Write).unwrap();
         let error = { ends }.write(&[1]).unwrap_err().kind();
         assert_eq!(error, ErrorKind::BrokenPipe);

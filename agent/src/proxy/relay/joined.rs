@@ -18,7 +18,7 @@ use crate::steer::Join;
 
 /// Sweeps begin so far apart at least.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// So many connections are looked at without a pause, which takes half a millisecond.
+/// So many connections are looked at without a pause, each with two questions to the kernel.
 const AT_ONCE: usize = 500;
 /// Looks at the counts of a connection at rest lie so many sweeps apart at most.
 const LONGEST_REST: u32 = 16;
@@ -115,7 +115,9 @@ impl Joined {
     /// How many bytes of this side there are to count.
     pub(super) fn take(&self, side: Side) -> usize {
         let Counted { told, taken, .. } = self.of(side);
-        let more = told.get().saturating_sub(taken.replace(told.get()));
+        // The kernel may have had no answer, in place of which the last join's beginning was told.
+        let more = told.get().saturating_sub(taken.get());
+        taken.set(taken.get() + more);
         usize::try_from(more).unwrap_or(usize::MAX)
     }
 

@@ -78,9 +78,6 @@ impl Network {
     ) -> Result<Vec<(Kind, String)>, NetworkError> {
         let asking = self.ask()?;
         let mut faults = Vec::new();
-        if !loopback_is_up(&asking).await? {
-            faults.push((Kind::Loopback, "the loopback was down".to_owned()));
-        }
         let families: &[_] = if has_v6 {
             &[IpVersion::V4, IpVersion::V6]
         } else {
@@ -118,6 +115,11 @@ impl Network {
                     faults.push((Kind::Route, what));
                 }
             }
+        }
+        // A loopback that goes down takes its routes along. Looked at last, it can't go between the
+        // two looks, so that its routes alone would be told of.
+        if !loopback_is_up(&asking).await? {
+            faults.push((Kind::Loopback, "the loopback was down".to_owned()));
         }
         Ok(faults)
     }

@@ -84,6 +84,8 @@ impl Agent {
         Ok(Metrics::parse(&response.body))
     }
 
+    /// What it has logged so far, but perhaps for lines of the last moment: a thread of its own writes
+    /// them. A test waits for those that it expects.
     pub fn log(&self) -> String {
         self.process.log()
     }

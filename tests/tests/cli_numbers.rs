@@ -5,7 +5,7 @@
 
 use std::{net::SocketAddr, sync::Arc, thread, time::Duration};
 
-use malla_testbed::{Caller, Fate, Node, PORT, Pod, PodSpec, Scene, Testbed, eventually, say};
+use malla_testbed::{Agent, Caller, Fate, PORT, Pod, PodSpec, Scene, Testbed, eventually, say};
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -29,22 +29,29 @@ fn call_many(pod: &Pod, to: SocketAddr, calls: usize, fate: Fate) -> usize {
     })
 }
 
-/// Lines of an agent's access log of connections that ended with `error`, or in good order.
-fn lines_of(bed: &Testbed, node: &Node, direction: &str, src: &str, error: Option<&str>) -> usize {
-    let log = bed.agent(node).log();
-    let (direction, src) = (
+/// Waits until an agent's access log has this many lines of connections that ended with `error`, or in
+/// good order.
+fn assert_lines(agent: &Agent, of: (&str, &str), error: Option<&str>, count: usize) {
+    let (direction, src) = of;
+    let parts = [
+        "\tconnection complete\t".to_owned(),
         format!(" direction=\"{direction}\""),
         format!(" src.workload=\"{src}\""),
-    );
+    ];
     let ended = |line: &&str| match error {
         Some(error) => line.ends_with(&format!(" error=\"{error}\"")),
         None => !line.contains(" error="),
     };
-    log.lines()
-        .filter(|line| line.contains("\tconnection complete\t"))
-        .filter(|line| line.contains(&direction) && line.contains(&src))
-        .filter(ended)
-        .count()
+    let mut found = 0;
+    let told = eventually("lines of the access log", LIMIT, || {
+        let log = agent.log();
+        let lines = log
+            .lines()
+            .filter(|line| parts.iter().all(|part| line.contains(part)));
+        found = lines.filter(ended).count();
+        found == count
+    });
+    told.unwrap_or_else(|problem| panic!("{problem}: {count} of {of:?} {error:?}, not {found}"));
 }
 
 /// The number that `malla edges -o json` has of a pair, secured or for a reason.
@@ -116,12 +123,10 @@ fn the_numbers_of_ten_thousand_connections_agree_everywhere() {
         edge(&edges, "client", Some("peer_refused")),
         number(NOBODY_LISTENS)
     );
-    let lines = |node, direction, src, error| lines_of(&scene.bed, node, direction, src, error);
-    assert_eq!(lines(&a, "outbound", "client", None), ECHOED);
-    assert_eq!(
-        lines(&a, "outbound", "client", Some("peer_refused")),
-        NOBODY_LISTENS
-    );
+    let [at_a, at_b] = [&a, &b].map(|node| scene.bed.agent(node));
+    let of = ("outbound", "client");
+    assert_lines(at_a, of, None, ECHOED);
+    assert_lines(at_a, of, Some("peer_refused"), NOBODY_LISTENS);
 
     // The server's side.
     let stat = scene
@@ -147,15 +152,11 @@ fn the_numbers_of_ten_thousand_connections_agree_everywhere() {
         number(REFUSED)
     );
     assert_eq!(edge(&edges, "stranger", Some("no_tls_from_remote")), 0);
-    assert_eq!(lines(&b, "inbound", "client", None), ECHOED);
-    assert_eq!(
-        lines(&b, "inbound", "client", Some("connect_refused")),
-        NOBODY_LISTENS
-    );
-    assert_eq!(
-        lines(&b, "inbound", "stranger", Some("plaintext_refused")),
-        REFUSED
-    );
+    let of = ("inbound", "client");
+    assert_lines(at_b, of, None, ECHOED);
+    assert_lines(at_b, of, Some("connect_refused"), NOBODY_LISTENS);
+    let of = ("inbound", "stranger");
+    assert_lines(at_b, of, Some("plaintext_refused"), REFUSED);
 }
 
 /// A connection that an endpoint refuses is one at that endpoint's agent, and goes on to another
@@ -194,7 +195,7 @@ fn both_ends_agree_on_connections_that_went_on_to_another_endpoint() {
     settled.unwrap_or_else(|error| panic!("{error}: {told:#}"));
     // To the app, each of its connections is one, whatever it took.
     assert_eq!(told["tcpOpened"], number(CALLS));
-    assert_eq!(lines_of(&bed, &a, "outbound", "client", None), CALLS);
+    assert_lines(bed.agent(&a), ("outbound", "client"), None, CALLS);
     assert_eq!(stat(&b, &["living"])["tcpOpened"], number(CALLS));
 
     let metrics = bed.agent(&a).metrics().unwrap();

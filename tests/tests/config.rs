@@ -36,8 +36,9 @@ fn only_root_may_read_it() {
     assert_eq!(config["node"], "a");
     let nobody = scene.a.command(curl).user("nobody").output().unwrap();
     assert!(!nobody.status.success(), "{}", nobody.stdout);
-    let log = scene.bed.agent(&scene.a).log();
-    assert!(log.contains(&format!("socket={path}")), "{log}");
+    let agent = scene.bed.agent(&scene.a).process();
+    let said = agent.wait_for_log(&format!("socket={path}"), LIMIT);
+    said.unwrap();
 }
 
 #[test]

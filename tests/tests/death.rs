@@ -199,8 +199,11 @@ fn a_pod_whose_netns_is_made_anew_under_its_name_is_meshed_again() {
         scene.app = scene.server.echo(PORT).unwrap();
         assert_meshed_since(began, "a new server", &scene.client, &scene.server);
     }
-    let log = scene.bed.agent(&scene.b).log();
-    assert_eq!(log.matches("its netns is gone").count(), 3, "{log}");
+    eventually("each old netns to be told of", LIMIT, || {
+        let log = scene.bed.agent(&scene.b).log();
+        log.matches("its netns is gone").count() == 3
+    })
+    .unwrap();
 }
 
 #[test]

@@ -65,9 +65,10 @@ fn come_and_go(rate: usize, time: Duration) {
     let before = crowd.node.bpf_objects().unwrap();
     let (took, pods) = crowd.come_and_go(rate, time).unwrap();
     assert!(took < 5 * time, "{pods} pods took {took:?}");
-    let log = crowd.agent().log();
-    let lines = log.lines().filter(|line| line.contains("\tenrolled\t"));
-    assert_eq!(lines.count(), pods + 2);
+    eventually("each to be told of once", LIMIT, || {
+        crowd.agent().log().matches("\tenrolled\t").count() == pods + 2
+    })
+    .unwrap();
     eventually("nothing of them to be left", LIMIT, || {
         enrolled(&crowd) < 2.5 && crowd.node.bpf_objects().unwrap() == before
     })

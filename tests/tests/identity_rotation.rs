@@ -103,11 +103,14 @@ impl World {
 
     /// The number of the certificate that the agent of a node has got last for an account.
     fn serial(&self, node: &Node, account: &str) -> String {
-        let log = self.bed.agent(node).log();
-        let mut lines = log.lines().filter(|line| {
-            line.contains("certificate obtained") && line.contains(&format!("/sa/{account}"))
+        let line = until("a certificate to be told of", LIMIT, || {
+            let log = self.bed.agent(node).log();
+            let mut lines = log.lines().filter(|line| {
+                line.contains("certificate obtained") && line.contains(&format!("/sa/{account}"))
+            });
+            lines.next_back().map(str::to_owned)
         });
-        let line = lines.next_back().unwrap();
+        let line = line.unwrap();
         let rest = line.split_once("serial=").unwrap().1;
         let digits = rest.trim_start_matches('"').chars();
         digits.take_while(char::is_ascii_hexdigit).collect()

@@ -18,7 +18,7 @@ use std::{
 
 use malla_testbed::{
     Agent, Authority, Capture, EchoApp, Fate, IdentityVolume, Node, PORT, Pod, PodSpec, SECRET,
-    TcpState, Testbed, accept, eventually, listen, payload, same_family, say,
+    TcpState, Testbed, accept, eventually, listen, payload, same_family, say, until,
 };
 use socket2::SockRef;
 
@@ -483,10 +483,13 @@ fn a_revoked_certificate_cuts_what_goes_through_memory() {
     put(None);
     let one = OneNode::on(bed, "mtls: strict");
     let mut live = one.open();
-    let log = one.agent().log();
-    let said = log.lines().find(|said| said.contains("/sa/server serial="));
-    let serial = said.unwrap().split_once("serial=\"").unwrap().1;
-    let serial = serial.split_once('"').unwrap().0.to_owned();
+    let serial = until("the server's certificate to be told of", LIMIT, || {
+        let log = one.agent().log();
+        let (_, rest) = log.split_once("/sa/server serial=\"")?;
+        let (serial, _) = rest.split_once('"')?;
+        Some(serial.to_owned())
+    })
+    .unwrap();
     put(Some(issuer.list(&[serial]).unwrap()));
     for stream in &mut live {
         let error = stream.read(&mut [0]).unwrap_err();

@@ -166,8 +166,9 @@ fn each_decision_is_logged_with_its_addresses_where_that_is_asked_for() {
                     .any(|line| line.contains(&head) && line.ends_with(&tail))
             };
             if asked && kernel::release() < kernel::TAKES_LOGS {
-                let log = bed.agent(node).log();
-                assert!(log.contains("so they are loaded without"), "{log}");
+                let log = bed.agent(node).process();
+                log.wait_for_log("so they are loaded without", LIMIT)
+                    .unwrap();
             } else if asked {
                 eventually(&format!("`{head}…{tail}`"), LIMIT, says).unwrap();
             } else {

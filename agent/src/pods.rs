@@ -220,7 +220,7 @@ impl Pods {
         if touched.contains(&Event::Netns) {
             self.look_after(mesh).await;
         }
-        if self.steering.has_successor() {
+        if self.steering.is_yielding() {
             return Vec::new();
         }
         let mut found = Vec::new();
@@ -234,9 +234,10 @@ impl Pods {
         found
     }
 
-    /// Audits everything. An agent that takes over is changing the same things meanwhile.
+    /// Audits everything. An agent that takes over is changing the same things meanwhile, and one that has
+    /// taken over would have its own programs put out of their place.
     pub async fn audit(&mut self) -> Vec<Difference> {
-        if self.steering.has_successor() {
+        if self.steering.is_yielding() {
             return Vec::new();
         }
         let mut found = self.steering.audit_node();

@@ -222,6 +222,25 @@ fn metrics_and_probes_are_the_new_agents() {
     assert!(old.wait_ended(LIMIT).unwrap().success());
 }
 
+/// The old one, which may not have heard yet that it is the old one, sees the new one's programs come.
+#[test]
+fn an_old_agent_leaves_its_successors_programs_in_their_place() {
+    let upgraded = [(); 4].map(|()| {
+        let mut scene = Scene::new("", "").unwrap();
+        let nodes = [&scene.a, &scene.b].map(Arc::clone);
+        let olds = nodes.map(|node| scene.bed.upgrade_agent(&node).unwrap());
+        (scene, olds)
+    });
+    for (scene, olds) in upgraded {
+        for (node, old) in [&scene.a, &scene.b].into_iter().zip(olds) {
+            assert!(old.wait_ended(LIMIT).unwrap().success());
+            let metrics = scene.metrics(node).unwrap();
+            let differences = metrics.sum("malla_audit_differences_total", &[]);
+            assert!(differences == 0.0, "{}", scene.bed.agent(node).log());
+        }
+    }
+}
+
 #[test]
 fn a_second_agent_that_is_not_told_to_take_over_is_refused() {
     let scene = Scene::new("", "").unwrap();

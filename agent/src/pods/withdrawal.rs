@@ -99,7 +99,7 @@ impl Pods {
 
     pub(super) async fn end_withdrawals(&mut self) {
         // One that takes over does it from what is recorded, and may have begun.
-        if self.steering.has_successor() || self.steering.is_superseded() {
+        if self.steering.is_yielding() {
             return;
         }
         let now = Instant::now();

@@ -251,6 +251,12 @@ impl Steering {
         self.charge.has_successor()
     }
 
+    /// Whether the pods are another agent's to look after: one is about to take over, or has. Asked in this
+    /// order, since the one note is taken away when the other is there.
+    pub fn is_yielding(&self) -> bool {
+        self.has_successor() || self.is_superseded()
+    }
+
     /// Whether one that was about to take over has died: pods may be without listeners.
     pub fn lost_successor(&self) -> bool {
         self.charge.lost_successor()

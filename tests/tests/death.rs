@@ -6,7 +6,7 @@
 use std::{
     net::{IpAddr, SocketAddr},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicUsize, Ordering},
     },
     thread::{self, Scope, ScopedJoinHandle},
@@ -36,6 +36,8 @@ struct World {
     _app: EchoApp,
     /// Answers on the live connections so far.
     answers: AtomicUsize,
+    /// Pods of which a new connection has ended so far.
+    called: AtomicUsize,
     bed: Testbed,
 }
 
@@ -58,6 +60,7 @@ impl World {
             server,
             _app: app,
             answers: AtomicUsize::new(0),
+            called: AtomicUsize::new(0),
             bed,
         }
     }
@@ -84,18 +87,21 @@ impl World {
         self.pods.iter().enumerate().map(talk).collect()
     }
 
-    /// Opens new connections from each pod until `end`.
+    /// Opens new connections from each pod until `end`, once that is known.
     fn call<'s>(
         &'s self,
         scope: &'s Scope<'s, '_>,
-        end: Instant,
+        end: &'s OnceLock<Instant>,
     ) -> Vec<ScopedJoinHandle<'s, Vec<Call>>> {
         let call = |(number, pod): (usize, &'s Arc<Pod>)| {
             scope.spawn(move || {
                 let mut calls = Vec::new();
-                while Instant::now() < end {
+                while end.get().is_none_or(|end| Instant::now() < *end) {
                     let began = Instant::now();
                     let (fate, took) = pod.caller().saying(NEW).timed_call(self.address(number));
+                    if calls.is_empty() {
+                        self.called.fetch_add(1, Ordering::Relaxed);
+                    }
                     calls.push((began, took, fate));
                 }
                 calls
@@ -108,14 +114,21 @@ impl World {
     /// that is `expected`, live ones are reset, and nothing of what those say is on the wire.
     fn kill_in_traffic(&self, expected: Fate) {
         let wire = self.bed.capture_wire(&self.a, &self.b).unwrap();
+        let end = OnceLock::new();
         thread::scope(|scope| {
             let talks = self.talk(scope);
-            let calls = self.call(scope, Instant::now() + Duration::from_secs(4));
-            let flowing = || self.answers.load(Ordering::Relaxed) > 10 * PODS;
-            eventually("traffic", LIMIT, flowing).unwrap();
+            let calls = self.call(scope, &end);
+            let flowing = || {
+                let [answers, called] =
+                    [&self.answers, &self.called].map(|count| count.load(Ordering::Relaxed));
+                answers > 10 * PODS && called == PODS
+            };
+            let flowing = eventually("traffic", LIMIT, flowing);
             let killed = Instant::now();
             self.bed.agent(&self.a).kill9();
             let dead = Instant::now();
+            end.set(dead + Duration::from_secs(4)).unwrap();
+            flowing.unwrap();
             for talk in talks {
                 let (fate, at) = talk.join().unwrap();
                 assert_eq!(fate, Fate::Reset);

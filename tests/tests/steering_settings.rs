@@ -299,7 +299,7 @@ fn the_fail_mode_changes_live() {
     let open = "failMode: open";
     scene.bed.change_settings(&scene.client, open).unwrap();
     let said = || scene.bed.agent(&scene.a).log();
-    eventually("the change to be told", LIVE, || {
+    eventually("the change to be told", LIMIT, || {
         said().contains("settings changed")
     })
     .unwrap();

@@ -22,7 +22,7 @@ use super::{
 use crate::{
     ledger::{Accounted, Kind},
     model::MtlsMode,
-    steer::{DialError, ToApp, to_app},
+    steer::{DialError, ExpectedDial, ToApp, to_app},
     telemetry::{ConnectionLabels, Direction, Failure, NoTls, Security},
 };
 pub(super) use tunnelled::serve_mesh;
@@ -233,6 +233,8 @@ pub(super) struct Beginning {
     is_last: bool,
     /// How many bytes were sent.
     sent: usize,
+    /// Others may be about to begin with it.
+    expected: Option<ExpectedDial>,
 }
 
 /// Opens the connection to the app, with the client's address as its source.
@@ -244,6 +246,7 @@ pub(super) async fn dial(
     opening: &mut Beginning,
 ) -> Result<Accounted<TcpStream>, DialError> {
     let limit = pod.workload().settings.mesh_connect_timeout;
+    let expected = opening.expected.take();
     let asked = ToApp {
         client: client.ip(),
         destination,
@@ -251,7 +254,7 @@ pub(super) async fn dial(
         said: &opening.said,
         is_last: opening.is_last,
     };
-    let dialled = to_app(&pod.pod, &worker.own_dial, asked).await?;
+    let dialled = to_app(&pod.pod, &worker.own_dial, expected, asked).await?;
     if dialled.source_replaced {
         worker.metrics().source_replaced();
     }

@@ -29,10 +29,7 @@ use super::{
     record::Record,
     writer::Writer,
 };
-use crate::{
-    steer::{end_orderly, notice_forgotten},
-    telemetry::Failure,
-};
+use crate::{steer::end_orderly, telemetry::Failure};
 pub(super) use ends::{End, Side, reset_behind};
 use ends::{no_reset, reset_of};
 use joined::Joined;
@@ -229,9 +226,6 @@ impl<'a> Relay<'a> {
                 Then::End => {
                     self.passed_on(side).set(true);
                     self.end(side.other(), &mut writer);
-                    if !self.passed_on(side.other()).get() {
-                        notice_forgotten(reader);
-                    }
                     return Ok(());
                 }
                 Then::Failed(error) => return Err(side.failed(error)),

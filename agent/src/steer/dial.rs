@@ -19,6 +19,7 @@ use super::{
     Pod,
     cgroup::CgroupId,
     diag::Held,
+    dial_stock::ExpectedDial,
     legs::{Leg, relay_options, set_option},
 };
 use crate::{
@@ -254,10 +255,11 @@ pub struct ToApp<'a> {
 
 /// Opens a connection to the app, with the client's address as source. Where that is of another
 /// family, or an address that the pod has no route to or whose neighbour doesn't answer, the pod's own
-/// address is the source.
+/// address is the source. It may have been `expected`.
 pub async fn to_app(
     pod: &Pod,
     own_dial: &RefCell<OwnDial>,
+    mut expected: Option<ExpectedDial>,
     asked: ToApp<'_>,
 ) -> Result<Dialled, DialError> {
     let ToApp {
@@ -270,6 +272,7 @@ pub async fn to_app(
         && client != destination.ip()
         && pod.routes.reaches(&pod.netns, &pod.home, client);
     if !usable {
+        drop(expected);
         return from_own_address(pod, destination, limit).await;
     }
     let mut lost_answers = 0;
@@ -292,7 +295,11 @@ pub async fn to_app(
         if pod.dial_ports.is_blocked(source, destination, pressed) {
             continue;
         }
-        match announced.attempt(pod, source, asked).await? {
+        let socket = match expected.take() {
+            Some(expected) => expected.socket(pod, destination)?,
+            None => unexpected_socket(pod, destination)?,
+        };
+        match announced.attempt(pod, socket, source, asked).await? {
             Attempt::Open(stream, sent) => {
                 return Ok(Dialled {
                     stream,
@@ -360,11 +367,12 @@ impl<'a> Announced<'a> {
     async fn attempt(
         &self,
         pod: &Pod,
+        socket: Accounted<Socket>,
         source: SocketAddr,
         asked: ToApp<'_>,
     ) -> Result<Attempt, DialError> {
         self.awaits_answer.set(true);
-        let result = self.connect(pod, source, asked).await;
+        let result = self.connect(pod, socket, source, asked).await;
         let is_answered = match &result {
             Ok(Attempt::Open(..) | Attempt::Taken) | Err(DialError::Refused) => true,
             Ok(Attempt::AnswerLost) | Err(_) => false,
@@ -376,16 +384,13 @@ impl<'a> Announced<'a> {
     async fn connect(
         &self,
         pod: &Pod,
+        socket: Accounted<Socket>,
         source: SocketAddr,
         asked: ToApp<'_>,
     ) -> Result<Attempt, DialError> {
         let ToApp {
             destination, limit, ..
         } = asked;
-        let socket = pod
-            .netns
-            .enter(&pod.home, || transparent_socket(destination))??;
-        let socket = Accounted::new(socket, pod.id, Kind::Connecting);
         let accelerated = pod.dial_tag.put_on(&socket);
         match socket.bind(&source.into()) {
             Ok(()) => {}
@@ -473,8 +478,14 @@ fn first(socket: &SockRef<'_>, said: &[u8], is_last: bool) -> io::Result<usize> 
     Ok(sent)
 }
 
+fn unexpected_socket(pod: &Pod, destination: SocketAddr) -> io::Result<Accounted<Socket>> {
+    let socket = || transparent_socket(destination);
+    let socket = pod.netns.enter(&pod.home, socket)??;
+    Ok(Accounted::new(socket, pod.id, Kind::Connecting))
+}
+
 /// A socket that may be bound to an address which isn't the pod's.
-fn transparent_socket(destination: SocketAddr) -> io::Result<Socket> {
+pub(super) fn transparent_socket(destination: SocketAddr) -> io::Result<Socket> {
     let socket = new_socket(destination, Leg::App)?;
     let (level, option) = match destination {
         SocketAddr::V4(_) => (libc::SOL_IP, libc::IP_TRANSPARENT),

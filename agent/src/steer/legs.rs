@@ -10,12 +10,12 @@ use std::{
     time::Duration,
 };
 
-use socket2::{SockRef, Socket};
+use socket2::{SockRef, Socket, TcpKeepalive};
 
 /// Keepalive: a peer that is gone is noticed within 40 s. No user time-out, which would cut a live peer
 /// that merely doesn't read: the kernel counts answered window probes as well.
-const KEEPALIVE_SECONDS: i32 = 10;
-const KEEPALIVE_RETRIES: i32 = 3;
+const KEEPALIVE: Duration = Duration::from_secs(10);
+const KEEPALIVE_RETRIES: u32 = 3;
 
 /// What is at the other end of a relayed connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,26 +25,17 @@ pub enum Leg {
     Network,
 }
 
-/// What every relayed leg has: no delay, a peer's death noticed, and a reset as its end unless an
-/// orderly close takes that off.
+/// What every relayed leg has: no delay, and a reset as its end unless an orderly close takes that off. A
+/// peer beyond the network has its death noticed.
 ///
-/// An app's death is told by its kernel, which is this one, but for one that has ended what it says
-/// ([`notice_forgotten`]): so as long as it hasn't, nobody asks, unless no app has the other end any more
-/// ([`notice_gone`]). The kernel asks for all whose time falls in the same half second or two at once, and
-/// of thousands of idle connections a loopback's backlog (`net.core.netdev_max_backlog`, 1,000) would drop
-/// what is beyond it, others' packets with theirs.
+/// An app's death is told by its kernel, which is this one: so nobody asks, unless no app has the other end
+/// any more ([`notice_gone`]). The kernel asks for all whose time falls in the same half second or two at
+/// once, and of thousands of idle connections a loopback's backlog (`net.core.netdev_max_backlog`, 1,000)
+/// would drop what is beyond it, others' packets with theirs.
 pub fn relay_options(socket: &Socket, leg: Leg) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
-    let keepalive = [
-        (libc::TCP_KEEPIDLE, KEEPALIVE_SECONDS),
-        (libc::TCP_KEEPINTVL, KEEPALIVE_SECONDS),
-        (libc::TCP_KEEPCNT, KEEPALIVE_RETRIES),
-    ];
-    for (option, value) in keepalive {
-        set_option(socket, libc::IPPROTO_TCP, option, value)?;
-    }
     match leg {
-        Leg::Network => socket.set_keepalive(true)?,
+        Leg::Network => ask_whether_alive(socket)?,
         // The plainest congestion control: there is no path to find out about, and BBR, where it is the
         // node's choice, would pace what is sent by a timer. Every kernel has it (net/ipv4/tcp_cong.c),
         // and without it the leg works as well.
@@ -55,16 +46,20 @@ pub fn relay_options(socket: &Socket, leg: Leg) -> io::Result<()> {
     socket.set_linger(Some(Duration::ZERO))
 }
 
-/// For a leg to an app that has ended what it says: its kernel forgets a socket that it has closed
-/// (`net.ipv4.tcp_fin_timeout`), and tells of that only who asks.
-pub fn notice_forgotten(leg: &impl AsFd) {
-    // Fails only for a socket that is gone already.
-    let _ = SockRef::from(leg).set_keepalive(true);
+fn ask_whether_alive(socket: &impl AsFd) -> io::Result<()> {
+    let keepalive = TcpKeepalive::new()
+        .with_time(KEEPALIVE)
+        .with_interval(KEEPALIVE)
+        .with_retries(KEEPALIVE_RETRIES);
+    SockRef::from(socket).set_tcp_keepalive(&keepalive)
 }
 
-/// The same for a leg that stands alone, by its descriptor and inode: what its app's kernel has told is lost,
-/// or the app is beyond another netns or a virtual machine. Whatever else has the descriptor by now is
-/// left as it is.
+/// Asks whether an app is alive whose leg stands alone, by its descriptor and inode: the app has closed
+/// its socket, which its kernel forgets (`net.ipv4.tcp_fin_timeout`) and tells only who asks, what the
+/// kernel has told is lost, or the app is beyond another netns or a virtual machine. Whatever else has the
+/// descriptor by now is left as it is.
+///
+/// It is for the ledger's look to find such legs, since most connections end before it.
 pub fn notice_gone(descriptor: RawFd, inode: u32) {
     // SAFETY: a call without memory. Where nothing is open under the number, it fails.
     let copy = unsafe { libc::fcntl(descriptor, libc::F_DUPFD_CLOEXEC, 0) };
@@ -74,7 +69,8 @@ pub fn notice_gone(descriptor: RawFd, inode: u32) {
     // SAFETY: the call has just made it, for nobody else.
     let copy = File::from(unsafe { OwnedFd::from_raw_fd(copy) });
     if copy.metadata().is_ok_and(|is| is.ino() == u64::from(inode)) {
-        notice_forgotten(&copy);
+        // Fails only for a socket that is gone already.
+        let _ = ask_whether_alive(&copy);
     }
 }
 

@@ -36,6 +36,7 @@ use crate::{
         witness,
         worker::{Live, Worker},
     },
+    steer::{DialStock, ExpectedDial},
     telemetry::{ConnectionLabels, Direction, Security},
 };
 
@@ -76,6 +77,7 @@ pub(in crate::proxy) async fn serve_mesh(
         state,
         cause: Cause::default(),
         told_of_optimistic_data: Cell::new(false),
+        dials: Rc::default(),
     });
     let ended = CancellationToken::new();
     let guard = ended.clone().drop_guard();
@@ -163,6 +165,7 @@ struct InboundTunnel {
     cause: Cause,
     /// Whether the peer was told that it may send data before an answer.
     told_of_optimistic_data: Cell<bool>,
+    dials: Rc<DialStock>,
 }
 
 impl InboundTunnel {
@@ -225,7 +228,8 @@ impl InboundTunnel {
         respond: SendResponse<Bytes>,
     ) -> impl Future<Output = ()> {
         // As with what an app opens, which see.
-        let opening = Box::pin(self.open(request, respond));
+        let expected = self.dials.expect();
+        let opening = Box::pin(self.open(request, respond, expected));
         async move {
             let mut opened = opening.await;
             if let Some(opened) = &mut opened {
@@ -239,6 +243,7 @@ impl InboundTunnel {
         self: Rc<Self>,
         request: Request<RecvStream>,
         mut respond: SendResponse<Bytes>,
+        expected: ExpectedDial,
     ) -> Option<Opened> {
         let live = self.worker.count_live();
         let stream = self.state.stream();
@@ -277,6 +282,7 @@ impl InboundTunnel {
             within,
             said,
             is_last: receive.is_end_stream(),
+            expected: Some(expected),
             ..Beginning::default()
         };
         let dialled = dial(

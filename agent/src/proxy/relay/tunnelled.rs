@@ -24,7 +24,7 @@ use crate::{
         record::Record,
         writer::Writer,
     },
-    steer::{end_orderly, notice_forgotten},
+    steer::end_orderly,
 };
 
 /// A connection between a socket, which is one `side` of it, and a stream. Ready when both directions
@@ -267,9 +267,6 @@ impl<'a> Tunnelled<'a> {
         if stalls.is_none() && self.receiving == Receiving::Ended {
             self.sending = Sending::Ended;
             return;
-        }
-        if self.said_all {
-            notice_forgotten(self.writer.socket());
         }
         let reset = Box::pin(reset_of(self.writer.socket(), self.side));
         self.sending = Sending::Waits(Box::new(Waiting { stalls, reset }));

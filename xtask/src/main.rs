@@ -1,5 +1,5 @@
 //! All that a developer of malla runs: `cargo xtask build-ebpf`, `test`, `vm`, `demo`,
-//! `soak` and `bench`.
+//! `soak`, `bench` and `release`.
 //!
 //! What a step needs and the machine lacks is installed by it, with one line on what and why.
 
@@ -9,6 +9,7 @@ mod ebpf;
 mod interrupt;
 mod packages;
 mod prepare;
+mod release;
 mod shell;
 mod soak;
 mod test;
@@ -56,6 +57,8 @@ enum Task {
     Soak(soak::Options),
     /// Measure what malla costs beside a direct connection and haproxy (as root)
     Bench(bench::Options),
+    /// Build the agent as it is to be shipped, by a profile of its own work, and say where it is (as root)
+    Release,
 }
 
 fn main() -> Result<ExitCode> {
@@ -67,6 +70,7 @@ fn main() -> Result<ExitCode> {
         Task::Demo { once } => demo::run(once)?,
         Task::Soak(options) => soak::run(&options)?,
         Task::Bench(options) => bench::run(&options)?,
+        Task::Release => println!("{}", release::build()?.display()),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -85,6 +85,15 @@ impl<'a> Load<'a> {
         }
     }
 
+    /// All loads but that of memory.
+    pub(super) fn all(&self, outcome: &mut Outcome) -> Result<()> {
+        self.requests(outcome)?;
+        self.latency(outcome)?;
+        self.http2(outcome)?;
+        self.new_connections(outcome)?;
+        self.bulk(outcome)
+    }
+
     /// Fails where proxies are said to encrypt and the wire shows something else, or to carry and
     /// don't, so that nothing is measured that isn't there.
     pub(super) fn prove_proxies(&self) -> Result<()> {

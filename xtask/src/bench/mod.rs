@@ -22,7 +22,7 @@ mod usage;
 
 use std::{
     env,
-    path::PathBuf,
+    path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
@@ -31,7 +31,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::{ebpf, interrupt, packages, prepare, shell, workspace};
+use crate::{ebpf, interrupt, packages, prepare, release, shell, workspace};
 use document::Document;
 use enrolment::Amount;
 use load::{Load, Times};
@@ -77,7 +77,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         .filter(|scenario| options.only.is_empty() || options.only.contains(scenario))
         .collect();
     packages::ensure(packages::FOR_BENCH, "the bench")?;
-    let programs = programs(&mut scenarios)?;
+    let programs = programs(&mut scenarios, options.quick)?;
     raise_descriptor_limit()?;
     prepare::remove_leftovers()?;
 
@@ -121,6 +121,33 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         0 => Ok(()),
         failures => bail!("{failures} turns of scenarios failed"),
     }
+}
+
+/// Puts an agent under short loads of each kind, and lets it end by itself after each scenario.
+pub(crate) fn train(malla: &Path) -> Result<()> {
+    const SCENARIOS: [Scenario; 4] = [
+        Scenario::Malla,
+        Scenario::MallaFull,
+        Scenario::MallaSameNode,
+        Scenario::MallaSameNodeFull,
+    ];
+    interrupt::catch()?;
+    packages::ensure(packages::FOR_BENCH, "putting the agent under load")?;
+    raise_descriptor_limit()?;
+    prepare::remove_leftovers()?;
+    let programs = Programs {
+        malla: Some(malla.to_owned()),
+        ..Programs::default()
+    };
+    for scenario in SCENARIOS {
+        interrupt::check()?;
+        let scene = Scene::set_up(scenario, Pins::NONE, &programs)?;
+        let load = Load::new(&scene, Times::QUICK, Instant::now() + TURN_LIMIT);
+        load.all(&mut Outcome::default())
+            .with_context(|| scenario.to_string())?;
+        scene.stop_agents()?;
+    }
+    Ok(())
 }
 
 /// A scenario in one round.
@@ -179,11 +206,7 @@ impl Turn<'_> {
         let scene = self.set_up()?;
         let load = Load::new(&scene, self.times, deadline);
         load.prove_proxies()?;
-        load.requests(&mut outcome)?;
-        load.latency(&mut outcome)?;
-        load.http2(&mut outcome)?;
-        load.new_connections(&mut outcome)?;
-        load.bulk(&mut outcome)?;
+        load.all(&mut outcome)?;
         Ok(outcome)
     }
 
@@ -194,7 +217,7 @@ impl Turn<'_> {
 
 /// What the scenarios need and the machine doesn't have from Debian. A competitor that can't be had
 /// is left out, with a line that says so.
-fn programs(scenarios: &mut Vec<Scenario>) -> Result<Programs> {
+fn programs(scenarios: &mut Vec<Scenario>, is_quick: bool) -> Result<Programs> {
     let mut programs = Programs::default();
     if scenarios.contains(&Scenario::EnvoyTcpMtls) {
         match envoy::program() {
@@ -206,15 +229,18 @@ fn programs(scenarios: &mut Vec<Scenario>) -> Result<Programs> {
         }
     }
     if scenarios.iter().any(|scenario| scenario.has_agent()) {
-        programs.malla = Some(agent_program()?);
+        programs.malla = Some(agent_program(is_quick)?);
     }
     Ok(programs)
 }
 
-/// The agent as users have it: built in the release profile, or what `MALLA_BIN` names.
-fn agent_program() -> Result<PathBuf> {
+/// The agent as users have it, in a hurry without a profile of its work, or what `MALLA_BIN` names.
+fn agent_program(is_quick: bool) -> Result<PathBuf> {
     if let Some(path) = env::var_os("MALLA_BIN") {
         return Ok(PathBuf::from(path));
+    }
+    if !is_quick {
+        return release::build();
     }
     ebpf::build()?;
     println!("Building the agent in the release profile, unless it is built already.");

@@ -135,6 +135,14 @@ impl Scene {
         })
     }
 
+    /// Ends the agents as an upgrade would, which takes as long as connections live.
+    pub(super) fn stop_agents(&self) -> Result<()> {
+        for node in &self.nodes {
+            self.bed.agent(node).stop()?;
+        }
+        Ok(())
+    }
+
     /// Captures what passes between the nodes, where there are two.
     pub(super) fn capture(&self) -> Result<Option<Capture>> {
         let [client, server] = self.nodes.as_slice() else {

@@ -390,6 +390,7 @@ impl Agent {
         mesh.mark_changed();
         let mut ticks = tokio::time::interval(Duration::from_millis(20));
         let mut look = tokio::time::interval(LOOK_AFTER_PODS);
+        let mut reconcile = tokio::time::interval(Duration::from_secs(1));
         loop {
             tokio::select! {
                 Ok(()) = mesh.changed() => {
@@ -397,6 +398,8 @@ impl Agent {
                     carried.follow(&now, &self.node, workers).await;
                 }
                 _ = look.tick() => carried.end_withdrawals(workers).await,
+                // Apps that go without a word would have it wait for them to its limit.
+                _ = reconcile.tick() => self.reconciler.look(|| carried.served()),
                 _ = ticks.tick() => {
                     let now = Instant::now();
                     let is_idle = now >= accepted && workers.live_connections() == 0;

@@ -9,7 +9,8 @@ use tokio::time::Instant;
 
 use crate::{
     model::{Mesh, Workload, WorkloadId},
-    proxy::Workers,
+    proxy::{PodConnections, Workers},
+    reconcile::Served,
     steer::{Pod, Record},
 };
 
@@ -23,6 +24,7 @@ pub struct Carried {
 pub struct CarriedPod {
     pub workload: Arc<Workload>,
     pub pod: Arc<Pod>,
+    pub connections: PodConnections,
     pub record: Record,
     /// When its connections end at the latest, where it leaves the mesh.
     pub ends: Option<Instant>,
@@ -34,6 +36,16 @@ impl Carried {
             pods: pods.map(|pod| (pod.workload.id.clone(), pod)).collect(),
             withdraw_limit,
         }
+    }
+
+    /// The pods, as a look at the ledger needs them.
+    pub fn served(&self) -> Vec<Served> {
+        let served = |pod: &CarriedPod| Served {
+            workload: pod.workload.id.clone(),
+            pod: Arc::clone(&pod.pod),
+            tasks: pod.connections.tasks(),
+        };
+        self.pods.values().map(served).collect()
     }
 
     /// Heeds what the mesh is now, whatever it was before: the agent may have missed a change while it

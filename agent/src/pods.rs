@@ -354,6 +354,7 @@ impl Pods {
         let pods = enrolled.chain(leaving).map(|(pod, ends)| CarriedPod {
             workload: pod.workload,
             pod: Arc::clone(pod.enrolment.pod()),
+            connections: pod.connections,
             record: pod.enrolment.record(),
             ends,
         });

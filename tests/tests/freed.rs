@@ -189,9 +189,12 @@ fn a_thousand_connections_of_a_link_that_was_cut_are_freed() {
     all_are_freed(began, KEEPALIVE, &all);
 }
 
+/// Gives the pod and all sockets of one side, to be dropped.
+type Close = fn(&mut Connected) -> (&Pod, Vec<TcpStream>);
+
 /// A kernel forgets a socket that its app has closed, and answers a later keepalive with a reset,
 /// which is for the agent and for nobody on the network.
-fn are_freed_after(number: usize, close: fn(&mut Connected) -> (&Pod, Vec<TcpStream>)) {
+fn are_freed_after(number: usize, close: Close) {
     let mut all = connected_on_each_way(number);
     let meshed = &all[0].pair;
     let wire = meshed.bed.capture_wire(&meshed.a, &meshed.b).unwrap();
@@ -224,6 +227,29 @@ fn connections_that_only_the_client_closes_are_freed() {
 #[test]
 fn connections_that_only_the_server_closes_are_freed() {
     are_freed_after(200, close_servers);
+}
+
+/// Which would go on for them to its limit.
+#[test]
+fn an_old_agents_connections_that_only_one_side_closes_are_freed() {
+    let sides: [Close; 2] = [close_clients, close_servers];
+    let all = sides.map(|close| {
+        let mut connected = Connected::new(Way::Mesh, 20);
+        let nodes = [&connected.pair.a, &connected.pair.b].map(Arc::clone);
+        let bed = &mut connected.pair.bed;
+        let olds = nodes.map(|node| bed.upgrade_agent(&node).unwrap());
+        let (pod, closed) = close(&mut connected);
+        let forgets = [("ipv4/tcp_fin_timeout", "1")];
+        pod.netns().sysctls(&forgets).unwrap();
+        drop(closed);
+        (connected, olds)
+    });
+    for (_connected, olds) in all {
+        for old in olds {
+            assert!(old.wait_ended(FORGOTTEN).unwrap().success());
+            assert!(!old.log().contains("differ"), "{}", old.log());
+        }
+    }
 }
 
 #[test]

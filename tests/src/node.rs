@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::{self, ErrorKind},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
@@ -174,10 +175,13 @@ impl Node {
         format!("to-{}", peer.name)
     }
 
-    /// Asks the agent's admin server for `path`.
+    /// Asks the agent's admin server for `path`. Once more where the connection is reset: while one agent
+    /// takes another's place both have the port, and what the old one hasn't accepted when it leaves it is
+    /// reset.
     pub fn get(&self, path: &str) -> Result<Response> {
         let address = SocketAddr::new(self.addresses()[0], ADMIN_PORT);
-        self.enter(|| http::get(address, path, ADMIN_LIMIT))
+        let ask = || self.enter(|| http::get(address, path, ADMIN_LIMIT));
+        ask().or_else(|error| if is_reset(&error) { ask() } else { Err(error) })
     }
 
     /// Where the node's agent has its unix socket.
@@ -200,4 +204,13 @@ impl Node {
     pub(crate) fn place(&self) -> &Place {
         &self.place
     }
+}
+
+/// Whether a connection was reset, which is a broken pipe for who writes then.
+fn is_reset(error: &anyhow::Error) -> bool {
+    let kind = error.root_cause().downcast_ref().map(io::Error::kind);
+    matches!(
+        kind,
+        Some(ErrorKind::ConnectionReset | ErrorKind::BrokenPipe)
+    )
 }

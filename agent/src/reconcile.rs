@@ -10,7 +10,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    io,
+    io, mem,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -69,8 +69,6 @@ struct Seen {
     kernel: HashMap<u32, KernelAccount>,
     persistence: Persistence,
     alarms: Alarms,
-    /// Inodes of the legs that stood alone at the last look.
-    alone: HashSet<u32>,
 }
 
 impl Reconciler {
@@ -84,7 +82,6 @@ impl Reconciler {
             kernel: HashMap::new(),
             persistence: Persistence::default(),
             alarms: Alarms::default(),
-            alone: HashSet::new(),
         };
         let mut descriptors = Descriptors::default();
         let shared = Shared {
@@ -144,16 +141,26 @@ impl Shared {
         let budget = (!has_suspects).then_some(ASKING);
         match self.account(served, budget) {
             Ok(account) => self.conclude(served, &account),
-            // Told once, until they can be again: it happens while all descriptors are in use.
-            Err(error) if !std::mem::replace(&mut self.seen().is_blind, true) => {
-                tracing::warn!(%error, "the agent's descriptors can't be read");
-            }
-            Err(_) => {}
+            Err(error) => self.stay_blind(&error),
         }
         let took = processor_time().saturating_sub(began);
         self.metrics.ledger().set_look(took);
         let jitter = JITTER.mul_f64(fastrand::f64());
         self.seen().next = Instant::now() + (took * SHARE).max(INTERVAL) + jitter;
+    }
+
+    /// The agent's descriptors can't be read, as while all are in use. Any of its legs may stand alone, and take
+    /// one that it needs.
+    fn stay_blind(&self, error: &io::Error) {
+        for line in ledger::lines() {
+            if line.kind.is_to_app() {
+                notice_gone(line.descriptor);
+            }
+        }
+        // Told once, until they can be read again.
+        if !mem::replace(&mut self.seen().is_blind, true) {
+            tracing::warn!(%error, "the agent's descriptors can't be read");
+        }
     }
 
     fn account(&self, served: &[Served], budget: Option<Duration>) -> io::Result<Account> {
@@ -201,12 +208,7 @@ impl Shared {
         let asked = account.pods.iter();
         let asked = asked.filter_map(|(pod, account)| Some((*pod, account.kernel?)));
         seen.kernel.extend(asked);
-        for (descriptor, inode) in &account.alone {
-            if !seen.alone.contains(inode) {
-                notice_gone(*descriptor, *inode);
-            }
-        }
-        seen.alone = account.alone.iter().map(|(_, inode)| *inode).collect();
+        account.alone.iter().copied().for_each(notice_gone);
         self.export(served, account, &seen.kernel);
         let stay = seen
             .persistence

@@ -21,7 +21,8 @@ const GONE: Duration = Duration::from_secs(5);
 /// Keepalive is 10 s and three probes; half of that again for a busy machine.
 const KEEPALIVE: Duration = Duration::from_mins(1);
 /// The app's kernel forgets its socket after 1 s, and answers the keepalive of 10 s later, or that
-/// of 20 s, since the backlog of a loopback that answers many at once has a bound.
+/// of 20 s, since the backlog of a loopback that answers many at once has a bound. A stream is given up 30 s
+/// after its end.
 const FORGOTTEN: Duration = Duration::from_secs(35);
 const MESH: u16 = 15008;
 const PEERS: usize = 20;

@@ -34,8 +34,8 @@ pub struct Account {
     /// Descriptors from the agent's start that are still open, by their kernel's kind.
     pub from_start: BTreeMap<String, usize>,
     pub differences: Vec<Difference>,
-    /// Legs to apps, by descriptor and inode, whose other end no process of the pod's netns holds.
-    pub alone: Vec<(RawFd, u32)>,
+    /// Legs to apps, by descriptor, whose other end no process of the pod's netns holds.
+    pub alone: Vec<RawFd>,
 }
 
 /// One pod's sockets.
@@ -227,7 +227,7 @@ fn kernel_account(
     mut others: Vec<u64>,
     lines: &[Line],
     descriptors: &[Descriptor],
-) -> (KernelAccount, Vec<(RawFd, u32)>) {
+) -> (KernelAccount, Vec<RawFd>) {
     // The kernel may list one twice while others come and go.
     own.sort_unstable_by_key(|socket| socket.inode);
     own.dedup_by_key(|socket| socket.inode);
@@ -245,9 +245,8 @@ fn kernel_account(
             closed += 1;
             continue;
         };
-        let is_to_app = matches!(line.kind, Kind::AppOutbound | Kind::AppInbound);
-        if is_to_app && others.binary_search(&own[place].pair).is_err() {
-            alone.push((line.descriptor, inode));
+        if line.kind.is_to_app() && others.binary_search(&own[place].pair).is_err() {
+            alone.push(line.descriptor);
         }
     }
     let account = KernelAccount {

@@ -111,6 +111,11 @@ impl Kind {
         }
     }
 
+    /// Whether it is a connection whose other end is an app's.
+    pub const fn is_to_app(self) -> bool {
+        matches!(self, Self::AppOutbound | Self::AppInbound)
+    }
+
     /// Whether it is a connection in a pod's netns.
     pub const fn is_connection(self) -> bool {
         match self {

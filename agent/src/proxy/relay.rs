@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{steer::end_orderly, telemetry::Failure};
 pub(super) use ends::{End, Side, reset_behind};
-use ends::{no_reset, reset_of};
+use ends::{over, reset_of};
 use joined::Joined;
 pub(super) use joined::JoinedConnections;
 pub(super) use tunnelled::Tunnelled;
@@ -54,14 +54,14 @@ pub(super) async fn tcp(
         let up = pin!(async {
             relay.copy(Side::Client, client, server, said).await?;
             up_ended.notify_one();
-            Box::pin(no_reset(client, Side::Client, down_ended.notified())).await
+            Box::pin(relay.watch(client, Side::Client, down_ended.notified())).await
         });
         let down = pin!(async {
             relay
                 .copy(Side::Server, server, client, Bytes::new())
                 .await?;
             down_ended.notify_one();
-            Box::pin(no_reset(server, Side::Server, up_ended.notified())).await
+            Box::pin(relay.watch(server, Side::Server, up_ended.notified())).await
         });
         relay.both(up, down).await?;
     }
@@ -97,6 +97,8 @@ struct Relay<'a> {
     activity: Activity,
     /// The sides whose end has been read and passed on.
     passed_on: [Cell<bool>; 2],
+    /// An app that had said all was found gone.
+    has_lost: Cell<bool>,
     /// What the kernel moves, once it does.
     joined: OnceCell<Rc<Joined>>,
 }
@@ -108,11 +110,13 @@ impl<'a> Relay<'a> {
             records,
             activity: Activity::new(idle),
             passed_on: [Cell::new(false), Cell::new(false)],
+            has_lost: Cell::new(false),
             joined: OnceCell::new(),
         }
     }
 
-    /// Runs two directions until both have ended, one has failed, or nothing has moved for too long.
+    /// Runs two directions until both have ended, one has failed, an app is gone that had said all, or
+    /// nothing has moved for too long.
     /// In a fifth of the room that `try_join` in a `select` takes.
     fn both(
         &self,
@@ -132,7 +136,7 @@ impl<'a> Relay<'a> {
             }
             // So that one that always has something to move leaves the other its share.
             second_first = !second_first;
-            if ended {
+            if ended || self.has_lost.get() {
                 return Poll::Ready(Ok(()));
             }
             self.poll_idle(cx).map(|()| Err(End::Idle))
@@ -229,6 +233,24 @@ impl<'a> Relay<'a> {
                     return Ok(());
                 }
                 Then::Failed(error) => return Err(side.failed(error)),
+            }
+        }
+    }
+
+    /// Watches a socket that has said all it had to say: until the other direction has ended, only a reset
+    /// can still come from it, or its app be found gone.
+    async fn watch(
+        &self,
+        socket: &TcpStream,
+        side: Side,
+        other_ended: impl Future<Output = ()>,
+    ) -> Result<(), End> {
+        tokio::select! {
+            biased;
+            () = other_ended => Ok(()),
+            is_over = over(socket, side) => {
+                self.has_lost.set(is_over.is_ok());
+                is_over
             }
         }
     }

@@ -49,7 +49,7 @@ use crate::{
 };
 
 /// What was sent into a tunnel is acknowledged within this time, or its peer is gone.
-const USER_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const USER_TIMEOUT: Duration = Duration::from_secs(30);
 /// What of a tunnel's bytes waits encrypted for its socket, and so what one write has. With rustls'
 /// 64 KiB each write filled a segment of that size and put the records' overhead into a second one.
 pub(super) const WRITE_BUFFER: usize = 256 * 1024;

@@ -55,7 +55,7 @@ pub use dial_stock::{DialStock, ExpectedDial};
 pub use enrol::EnrolError;
 pub use enrolment::{Degradation, Enrolment};
 pub use events::{Event, EventReceiver};
-pub use legs::notice_gone;
+pub use legs::{notice_gone, was_found_gone};
 pub use listeners::PodListeners;
 pub use netns::Netns;
 pub use pod::Pod;

@@ -1,6 +1,7 @@
 //! How the ends of a relay end: which of them failed, and how a reset of the one is told to the other.
 
 use std::{
+    future::pending,
     io,
     task::{Context, Poll},
 };
@@ -10,7 +11,7 @@ use h2::{Reason as H2Reason, SendStream};
 use malla_common::Reason;
 use tokio::{io::Interest, net::TcpStream, task::yield_now};
 
-use crate::{proxy::record::Record, telemetry::Failure};
+use crate::{proxy::record::Record, steer::was_found_gone, telemetry::Failure};
 
 /// How one end of a relay failed.
 #[derive(Debug)]
@@ -97,26 +98,25 @@ pub(super) fn reset(send: &mut SendStream<Bytes>) {
     send.send_reset(H2Reason::CONNECT_ERROR);
 }
 
-/// Returns when the socket, which is this `side`, has been reset.
+/// Returns when the socket, which is this `side`, has been reset. Not when its app was found gone: what the
+/// app said before is still to be moved, and reading on tells what comes behind it.
 pub(super) async fn reset_of(socket: &TcpStream, side: Side) -> End {
-    // Fails only with the runtime.
-    let _ = socket.ready(Interest::ERROR).await;
-    // The kernel calls it EPIPE where the peer's FIN came first.
-    side.failed(io::Error::from_raw_os_error(libc::ECONNRESET))
+    match over(socket, side).await {
+        Err(end) => end,
+        Ok(()) => pending().await,
+    }
 }
 
-/// Watches a socket that has said all it had to say: until the other direction has ended, only a
-/// reset can still come from it.
-pub(super) async fn no_reset(
-    socket: &TcpStream,
-    side: Side,
-    other_ended: impl Future<Output = ()>,
-) -> Result<(), End> {
-    tokio::select! {
-        biased;
-        () = other_ended => Ok(()),
-        end = reset_of(socket, side) => Err(end),
+/// Returns when the socket, which is this `side` and has said all it had to say, has been reset, or its app
+/// was found gone: then it takes nothing more, and whatever it said arrives as if nobody had asked.
+pub(super) async fn over(socket: &TcpStream, side: Side) -> Result<(), End> {
+    // Fails only with the runtime.
+    let _ = socket.ready(Interest::ERROR).await;
+    if was_found_gone(socket) {
+        return Ok(());
     }
+    // The kernel calls it EPIPE where the peer's FIN came first.
+    Err(side.failed(io::Error::from_raw_os_error(libc::ECONNRESET)))
 }
 
 /// Whether the peer has reset the stream, where nobody hears of it by reading it.

@@ -10,11 +10,15 @@ use std::{
 };
 
 use bytes::Bytes;
-use h2::{RecvStream, SendStream};
-use tokio::{net::TcpStream, task::yield_now};
+use h2::{Reason as H2Reason, RecvStream, SendStream};
+use tokio::{
+    net::TcpStream,
+    task::yield_now,
+    time::{Instant, sleep_until},
+};
 
 use super::{
-    ends::{End, Receiving, Side, poll_reset, reset, reset_of, stream_ended},
+    ends::{End, Receiving, Side, over, poll_reset, reset, reset_of, stream_ended},
     poll_write_all,
 };
 use crate::{
@@ -22,6 +26,7 @@ use crate::{
         activity::Activity,
         buffers::{Buffers, Pace, Then},
         record::Record,
+        tunnel,
         writer::Writer,
     },
     steer::end_orderly,
@@ -71,7 +76,7 @@ enum Sending<'a> {
 struct Waiting<'a> {
     /// What the stream has no room for. None: there is no more to send, and the other direction goes on.
     stalls: Option<Read>,
-    reset: Pin<Box<dyn Future<Output = End> + 'a>>,
+    over: Pin<Box<dyn Future<Output = Result<(), End>> + 'a>>,
 }
 
 /// A chunk from the socket.
@@ -210,12 +215,12 @@ impl<'a> Tunnelled<'a> {
                     }
                 }
                 Sending::Waits(waiting) => {
-                    let Waiting { stalls, reset } = &mut **waiting;
+                    let Waiting { stalls, over } = &mut **waiting;
                     if let Some(read) = stalls {
                         let Poll::Ready(sent) =
                             read.poll_send(cx, self.send, self.side, &self.activity)
                         else {
-                            return reset.as_mut().poll(cx).map(Err);
+                            return over.as_mut().poll(cx);
                         };
                         let (sent, bytes) = (sent?, read.bytes);
                         let then = mem::replace(&mut read.then, Then::More);
@@ -225,8 +230,13 @@ impl<'a> Tunnelled<'a> {
                     }
                     // Polled after the other direction, so it hears of its end without being woken.
                     if self.receiving != Receiving::Ended {
-                        if let Poll::Ready(end) = reset.as_mut().poll(cx) {
-                            return Poll::Ready(Err(end));
+                        if let Poll::Ready(is_over) = over.as_mut().poll(cx) {
+                            is_over?;
+                            // The peer's app hears no more than that: see RFC 9113 §8.1.
+                            self.send.send_reset(H2Reason::NO_ERROR);
+                            self.receiving = Receiving::Ended;
+                            self.sending = Sending::Ended;
+                            continue;
                         }
                         ready!(poll_reset(cx, self.send, self.side, self.receiving))?;
                     }
@@ -268,8 +278,19 @@ impl<'a> Tunnelled<'a> {
             self.sending = Sending::Ended;
             return;
         }
-        let reset = Box::pin(reset_of(self.writer.socket(), self.side));
-        self.sending = Sending::Waits(Box::new(Waiting { stalls, reset }));
+        let (socket, side) = (self.writer.socket(), self.side);
+        let over: Pin<Box<dyn Future<Output = _>>> = if stalls.is_some() {
+            Box::pin(async move { Err(reset_of(socket, side).await) })
+        } else {
+            let said_all = Instant::now();
+            Box::pin(async move {
+                over(socket, side).await?;
+                // A reset takes the place of what waits to be sent. Since then the tunnel has sent it, or is gone.
+                sleep_until(said_all + tunnel::USER_TIMEOUT).await;
+                Ok(())
+            })
+        };
+        self.sending = Sending::Waits(Box::new(Waiting { stalls, over }));
     }
 
     /// Ready when both directions have ended or one has failed.

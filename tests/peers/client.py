@@ -5,6 +5,7 @@
     within N AUTHORITY MS    a CONNECT that another server is tried after
     request N METHOD AUTHORITY   another method
     padded N AUTHORITY SIZE  a CONNECT with SIZE bytes in a header
+    batch AUTHORITY...       opens connections 1, 2, ... with CONNECTs in one write
     churn AUTHORITY COUNT BATCH  opens COUNT connections, BATCH at a time, each reset at once
     send N TEXT, end N, reset N CODE
     queue N SIZE             sends SIZE bytes as the windows allow, meanwhile the next steps go on
@@ -96,6 +97,11 @@ class Client:
 
     def do_send(self, name, *text):
         self.tunnel.send(self.of(name)[0], " ".join(text).encode())
+        self.tunnel.write()
+
+    def do_batch(self, *authorities):
+        for number, authority in enumerate(authorities, start=1):
+            self.open(str(number), "CONNECT", authority, write=False)
         self.tunnel.write()
 
     def do_churn(self, authority, count, batch):

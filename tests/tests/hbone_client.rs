@@ -106,6 +106,33 @@ fn data_flows_both_ways_over_both_families_and_the_app_sees_the_client() {
     assert_eq!(app.results().unwrap(), world.stranger.addresses());
 }
 
+/// Dials that come in one piece share a visit to the pod's netns, and the sockets that it makes.
+#[test]
+fn connects_in_one_packet_are_dialled_each_for_itself_and_leave_no_socket() {
+    const TURNS: usize = 6;
+    let world = World::new("peer-batch");
+    let app = world.app(2 * TURNS, echo);
+    let (v4, v6) = (world.server.v4(), world.server.v6());
+    let batch = format!("{v4}:{PORT} {v4}:9 [{v6}]:{PORT} ").repeat(TURNS);
+    let (mut steps, mut answers) = (format!("batch {batch}\n"), Vec::new());
+    for number in 1..=3 * TURNS {
+        if number % 3 == 2 {
+            steps.push_str(&format!("status {number}\n"));
+            answers.push(format!("{number} 503"));
+        } else {
+            let step = format!("send {number} hello {number}\nend {number}\nstatus {number}\n");
+            steps.push_str(&format!("{step}finish {number}\n"));
+            answers.push(format!("{number} 200"));
+            answers.push(format!("{number} end hello {number}"));
+        }
+    }
+    let open = || world.bed.agent(&world.node).open_descriptors().unwrap();
+    let before = open();
+    assert_eq!(world.talk(&steps), answers);
+    app.results().unwrap();
+    eventually("all sockets to be closed", LIMIT, || open() <= before).unwrap();
+}
+
 /// Which it says once: a peer that isn't told of it waits.
 #[test]
 fn an_agent_takes_data_before_its_answer_and_says_so_in_its_first_one() {

@@ -301,6 +301,7 @@ impl Agent {
                         return Ok(());
                     }
                     self.pods.reopen();
+                    self.pods.steering.notice_urgent();
                 }
             }
         }
@@ -401,6 +402,7 @@ impl Agent {
                 // Apps that go without a word would have it wait for them to its limit.
                 _ = reconcile.tick() => self.reconciler.look(|| carried.served()),
                 _ = ticks.tick() => {
+                    self.pods.steering.notice_urgent();
                     let now = Instant::now();
                     let is_idle = now >= accepted && workers.live_connections() == 0;
                     if is_idle || now >= end {

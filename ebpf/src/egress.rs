@@ -23,7 +23,10 @@ use malla_common::{
 
 use crate::{
     decision::record,
-    maps::{AGENTS, OWN_DIAL, SCOPES, STEERED, count, listener_lives, opt_out, pod_at, refusal},
+    maps::{
+        AGENTS, OWN_DIAL, SCOPES, STEERED, count, listener_lives, note_urgent, opt_out, pod_at,
+        refusal,
+    },
     packet::{
         ETH_P_IP, ETH_P_IPV6, ETHERNET, FIN, Kind, NO_LINK_HEADER, Packet, RST, socket_receives,
     },
@@ -57,6 +60,7 @@ fn steer(ctx: &TcContext, ip: u32) -> i32 {
     if kind == Kind::Unparsable {
         return drop(ctx, &packet, Reason::Unparsable);
     }
+    note_urgent(&packet);
     let socket = sender(ctx);
     if packet.opens() {
         return open(ctx, &packet, socket);

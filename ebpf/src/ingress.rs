@@ -18,7 +18,7 @@ use malla_common::{
 
 use crate::{
     decision::record,
-    maps::{OWN_DIAL, STEERED, listener_lives, net_rule, opt_out, pod_at},
+    maps::{OWN_DIAL, STEERED, listener_lives, net_rule, note_urgent, opt_out, pod_at},
     packet::{ETHERNET, Kind, NO_LINK_HEADER, Packet, socket_answers},
     probes::{app_listens, is_apps, probed},
     refuse::{Towards, answer},
@@ -55,7 +55,10 @@ fn receive(ctx: &TcContext, ip: u32) -> i32 {
     match kind {
         Kind::Other => TC_ACT_UNSPEC,
         Kind::Tcp if packet.opens() => open(ctx, &packet),
-        Kind::Tcp => follow(ctx, &packet),
+        Kind::Tcp => {
+            note_urgent(&packet);
+            follow(ctx, &packet)
+        }
         Kind::Unparsable => unparsable(ctx, &packet),
     }
 }

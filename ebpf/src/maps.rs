@@ -16,6 +16,8 @@ use malla_common::{
     WorkerLoad,
 };
 
+use crate::packet::{Packet, URG};
+
 /// Ids of the cgroups that living agents run in.
 #[btf_map]
 pub static AGENTS: HashMap<u64, u32, 64> = HashMap::new();
@@ -68,6 +70,10 @@ pub static REFUSALS: HashMap<Destination, u32, 131072, { BPF_F_NO_PREALLOC as us
 #[btf_map]
 pub static WORKERS: Array<u32, 1> = Array::new();
 
+/// 1 once a pod has said or heard something urgent.
+#[btf_map]
+pub static URGENT: Array<u32, 1> = Array::new();
+
 #[btf_map]
 pub static WORKER_LOADS: Array<WorkerLoad, { MAX_WORKERS as usize }> = Array::new();
 
@@ -76,6 +82,17 @@ pub static PAIRS: LruHashMap<Pair, PairSlots, 65536> = LruHashMap::new();
 
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { Counter::SLOTS }> = PerCpuArray::new();
+
+/// Notes a packet with urgent data (RFC 6093): reads of it end early, which its reader must know.
+#[inline(always)]
+pub fn note_urgent(packet: &Packet) {
+    if packet.has(URG)
+        && let Some(seen) = URGENT.get_ptr_mut(0)
+    {
+        // SAFETY: all write the same word.
+        unsafe { *seen = 1 };
+    }
+}
 
 /// Counts one SYN or packet.
 #[inline(always)]

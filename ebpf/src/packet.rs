@@ -34,6 +34,7 @@ pub const FIN: u8 = 0x01;
 pub const SYN: u8 = 0x02;
 pub const RST: u8 = 0x04;
 pub const ACK: u8 = 0x10;
+pub const URG: u8 = 0x20;
 
 /// States of a socket, from `net/tcp_states.h`.
 pub const TCP_TIME_WAIT: u32 = 6;

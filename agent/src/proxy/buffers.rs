@@ -169,7 +169,7 @@ impl Buffers {
             buffer.reserve(MAX_CHUNK as usize);
         }
         let mut limited = (&mut *buffer).limit(size);
-        let exhausted = if self.queues.began() {
+        let exhausted = if self.queues.may_leave_bytes() {
             Exhausted::BySaying
         } else {
             Exhausted::ByShort { of: size }

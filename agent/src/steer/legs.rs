@@ -74,6 +74,13 @@ pub fn notice_gone(leg: RawFd) {
     }
 }
 
+/// Has the kernel tell once more of what waits in a socket, if anything does (net/ipv4/tcp.c,
+/// `tcp_set_rcvlowat`). The option keeps the value that every socket has; nothing else takes harm.
+pub fn tell_again(socket: RawFd) {
+    // Fails only for what is no TCP socket, or none any more.
+    let _ = set_option(&socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 1);
+}
+
 /// Whether a socket has failed because a question of keepalive had no answer but a reset, or none: nobody has
 /// its other end any more. An app's own reset finds no question open, since a live kernel answers at once.
 pub fn was_found_gone(socket: &impl AsRawFd) -> bool {

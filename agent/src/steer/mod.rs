@@ -33,6 +33,7 @@ mod refusals;
 mod routes;
 mod routing;
 mod rules;
+mod urgent;
 mod withdraw;
 
 use std::{

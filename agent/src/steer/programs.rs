@@ -34,7 +34,7 @@ const PROGRAMS: [&str; 5] = ["egress", "egress_l3", "ingress", "ingress_l3", "lo
 /// The program of a netns; the others are those of interfaces.
 pub const LOOKUP: &str = "lookup";
 
-const MAPS: [&str; 18] = [
+const MAPS: [&str; 19] = [
     "AGENTS",
     "PODS",
     "LISTENERS",
@@ -47,6 +47,7 @@ const MAPS: [&str; 18] = [
     "STEERED",
     "SCOPES",
     "WORKERS",
+    "URGENT",
     "WORKER_LOADS",
     "PAIRS",
     "COUNTERS",
@@ -165,6 +166,7 @@ pub struct Maps {
     pub probe_targets: BpfHashMap<MapData, ProbeTarget, u32>,
     pub refusals: BpfHashMap<MapData, Destination, u32>,
     pub workers: Array<MapData, u32>,
+    pub urgent: Array<MapData, u32>,
 }
 
 impl Programs {
@@ -221,6 +223,7 @@ impl Programs {
             probe_targets: map(&mut ebpf, "PROBE_TARGETS")?,
             refusals: map(&mut ebpf, "REFUSALS")?,
             workers: map(&mut ebpf, "WORKERS")?,
+            urgent: map(&mut ebpf, "URGENT")?,
         };
         Ok(Self {
             ebpf,

@@ -62,6 +62,7 @@ pub(super) struct Maps {
 #[derive(Debug)]
 pub struct Queues {
     began: AtomicBool,
+    urgent: AtomicBool,
     tells_memory: AtomicBool,
     home: Arc<Netns>,
     maps: Mutex<Option<Maps>>,
@@ -72,6 +73,7 @@ impl Queues {
     pub(super) fn new(home: Arc<Netns>) -> Self {
         Self {
             began: AtomicBool::new(false),
+            urgent: AtomicBool::new(false),
             tells_memory: AtomicBool::new(false),
             home,
             maps: Mutex::default(),
@@ -85,11 +87,24 @@ impl Queues {
         self.began.store(true, Ordering::Relaxed);
     }
 
-    /// Whether connections are or have been accelerated: then a read that doesn't fill its buffer
-    /// may leave bytes in the socket, and readiness with them, which came by TCP after others had
-    /// been redirected.
-    pub fn began(&self) -> bool {
+    /// Whether connections are or have been accelerated.
+    fn began(&self) -> bool {
         self.began.load(Ordering::Relaxed)
+    }
+
+    /// Whether a read that doesn't fill its buffer may leave bytes in the socket, and readiness with
+    /// them: which came by TCP after others had been redirected, or stand behind something urgent.
+    pub fn may_leave_bytes(&self) -> bool {
+        self.began() || self.has_urgent()
+    }
+
+    /// Whether anything urgent was ever sent.
+    pub(in crate::steer) fn has_urgent(&self) -> bool {
+        self.urgent.load(Ordering::Relaxed)
+    }
+
+    pub(in crate::steer) fn set_urgent(&self) {
+        self.urgent.store(true, Ordering::Relaxed);
     }
 
     /// What may be written to one socket, be it accelerated or not. None: whatever TCP takes.

@@ -8,7 +8,10 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use crate::node::Node;
+use crate::{node::Node, pair::PATIENCE, wait::until};
+
+/// EAGAIN.
+const BEING_MADE: &str = "Resource temporarily unavailable";
 
 /// How much there is of each kind, whoever holds it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,7 +28,14 @@ impl Node {
     pub fn bpf_objects(&self) -> Result<BpfObjects> {
         let ask = |arguments: &[&str]| {
             let command = [&["bpftool"], arguments].concat();
-            Ok::<_, anyhow::Error>(self.run(command)?.stdout)
+            let shown = until("bpftool to show all", PATIENCE, || {
+                match self.run(&command) {
+                    // A link is being made at this moment (bpf(2), BPF_LINK_GET_FD_BY_ID).
+                    Err(error) if format!("{error:#}").contains(BEING_MADE) => None,
+                    shown => Some(shown),
+                }
+            });
+            Ok::<_, anyhow::Error>(shown??.stdout)
         };
         // Most programs count: the map of counters tells this node's from others'. What accelerates
         // has maps in common with those that do.
